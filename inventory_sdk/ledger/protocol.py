@@ -1,0 +1,285 @@
+"""The ledger as the other rooms see it: data in, data out, no SQL. ``ledger/sql.py`` keeps it on SQLAlchemy Core.
+
+Locks are always taken in this order: the partition's epoch-0 row, its open epoch's row, stock rows sorted by (merchant, sku).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from inventory_sdk.errors import InventoryError
+from inventory_sdk.model import JournalEntry, Movement, Position
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+WritesStock = Callable[[Sequence[Movement], "AsyncSession"], Awaitable[None]]
+
+
+class EpochClosed(InventoryError):
+    """The epoch is not open for this: another process has raised it."""
+
+
+class WatermarkMoved(InventoryError):
+    """Another worker has applied these entries; read the watermark again."""
+
+
+class ForkFound(InventoryError):
+    """An entry with another nonce stands at a position that the ledger has applied."""
+
+
+class WritesStockFailed(InventoryError):
+    """The service's ``writes_stock`` raised; the transaction was rolled back. The cause is ``__cause__``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionRow:
+    """The newest epoch of a partition. ``state``: ``open`` (takes are applied), ``rebuilding``; ``applied`` is its watermark."""
+
+    partition: int
+    epoch: int
+    state: str
+    applied: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An operation that the ledger did not apply. ``reason``: ``duplicate`` (its claim or reservation is known),
+    ``insufficient`` (drift), ``closed`` (it ends, undoes or returns a refused or closed one)."""
+
+    position: Position
+    index: int
+    kind: str
+    key: str
+    reason: str
+    lines: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What one ``apply`` did."""
+
+    sequence: int
+    operations: int
+    refusals: tuple[Refusal, ...]
+    redelivered: int
+    tasks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Void:
+    """A pending void: applied in Redis under id ``\\x1fvoid\\x1f<epoch>-<sequence>-<index>``. ``deltas`` is flat
+    [field, available delta, reserved delta, …], the exact inverse of what the refused entry did in Redis.
+    ``freeze``: drift was found, so these SKUs freeze; a duplicate does not freeze."""
+
+    position: Position
+    index: int
+    key: str
+    kind: str
+    reference: str
+    deltas: tuple[Any, ...]
+    freeze: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """A pending credit of one SQL-first operation; ``lines`` is flat [field, quantity, …]."""
+
+    position: Position
+    epoch: int
+    key: str
+    lines: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entering:
+    """An operation that enters through SQL: restock, take_back, positive adjust, open. ``lines`` is flat, summed, sorted.
+    ``reservations`` (open only): (field, reservation id, quantity)."""
+
+    kind: str
+    key: str
+    fingerprint: str
+    lines: tuple[Any, ...]
+    order: str = ""
+    reference: str = ""
+    reason: str = ""
+    extra: str = ""
+    reservations: tuple[tuple[str, str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """``remaining``: ledger available per line after it. ``credit`` is None once it was made (or closed by a rebuild)."""
+
+    position: Position
+    remaining: tuple[int, ...]
+    credit: Credit | None
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OperationRow:
+    """One operation as the ledger has it. ``status``: ``applied``, ``rejected``, ``duplicate``, ``undone``."""
+
+    position: Position
+    index: int
+    key: str
+    kind: str
+    fingerprint: str
+    order: str
+    reference: str
+    lines: tuple[Any, ...]
+    remaining: tuple[int, ...]
+    status: str
+    kept: bool
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationRow:
+    """A reservation as the ledger has it. ``lines`` is flat in fives: field, original, open, confirmed, released.
+    ``state``: held, confirmed, released, expired. ``expires_at`` in ms of Redis time, 0: until closed. ``pinned``: it ends
+    when its decider speaks."""
+
+    key: str
+    state: str
+    fingerprint: str
+    position: Position
+    order: str
+    expires_at: int
+    pinned: bool
+    lines: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """A stock row for loading: ``available`` less what pending credits of this epoch will add."""
+
+    field: str
+    available: int
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True)
+class StockRow:
+    """One stock row: supplied = available + reserved + sold + written_off."""
+
+    merchant: str
+    sku: str
+    available: int
+    reserved: int
+    sold: int
+    supplied: int
+    written_off: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One ``run="later"`` call. ``arguments`` is the codec's JSON; ``group`` orders it (the order, else the operation)."""
+
+    number: int
+    name: str
+    version: int
+    arguments: str
+    group: str
+    operation_id: str
+    merchant: str
+    attempts: int
+    receipt: str
+
+
+class Rebuilding(Protocol):
+    """A consistent reading of one partition, under its lock, for a rebuild of Redis. Pending credits and voids of earlier
+    epochs are closed by it. All sequences are in chunks of at most ``size``."""
+
+    def balances(self, size: int) -> AsyncIterator[Sequence[Balance]]: ...
+    def reservations(self, size: int) -> AsyncIterator[Sequence[ReservationRow]]:
+        """Live ones (any line open)."""
+        ...
+
+    def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
+        """Applied operations with a claim, at or after ``since_ms``, newest first."""
+        ...
+
+    async def open(self) -> None:
+        """Set the epoch's state to open and commit."""
+        ...
+
+
+class Ledger(Protocol):
+    """The SQL truth. Every method is one transaction unless it says otherwise; all may raise the driver's errors."""
+
+    async def start(self) -> None: ...
+    async def close(self) -> None: ...
+    async def create_schema(self) -> None: ...
+    async def check_schema(self) -> list[str]:
+        """What is missing or wrong, in words; empty when all is well."""
+        ...
+
+    async def settle_setting(self, name: str, value: str) -> str:
+        """The stored value; stores ``value`` if there was none."""
+        ...
+
+    async def partition(self, partition: int) -> PartitionRow | None:
+        """The newest epoch's row, None before the first start. Its ``applied`` is the watermark."""
+        ...
+
+    async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
+        """Close epoch ``above`` (0: none yet) for SQL-first entering and open a new one in state ``rebuilding``; None when
+        another process won. The old epoch's row stays open for ``apply`` until ``rebuilding`` ends it."""
+        ...
+
+    def rebuilding(self, partition: int, epoch: int) -> AbstractAsyncContextManager[Rebuilding]:
+        """Lock the partition's row of this epoch, close all older epochs for applying, and read; rolled back unless opened."""
+        ...
+
+    async def apply(self, partition: int, epoch: int, entries: Sequence[JournalEntry], writes: Sequence[WritesStock] = ()) -> Applied:
+        """One transaction for consecutive entries that begin right after the watermark (older ones are counted as
+        redelivered and checked for forks). ``EpochClosed``, ``WatermarkMoved``, ``ForkFound``, ``WritesStockFailed``."""
+        ...
+
+    async def enter(self, partition: int, epoch: int, operations: Sequence[Entering]) -> list[Entered]:
+        """SQL-first operations with their pending credits. ``EpochClosed`` unless ``epoch`` is the open one; a known id with
+        another fingerprint is ``OperationConflict``; returning more than was sold is ``InvalidOperation``."""
+        ...
+
+    def balances(self, partition: int, epoch: int, fields: Sequence[str]) -> AbstractAsyncContextManager[Mapping[str, Balance]]:
+        """The rows that exist, held FOR SHARE (with the open epoch) until the block ends: what a load writes to Redis."""
+        ...
+
+    async def stock(self, fields: Sequence[str]) -> list[StockRow]: ...
+    async def all_stock(self, merchant: str | None = None) -> AsyncIterator[StockRow] | list[StockRow]: ...
+    async def operation(self, key: str) -> OperationRow | None:
+        """By claim."""
+        ...
+
+    async def operations_at(self, positions: Sequence[Position]) -> list[OperationRow]: ...
+    async def reservation(self, key: str) -> ReservationRow | None: ...
+    async def pending_credits(self, partition: int, epoch: int) -> list[Credit]: ...
+    async def pending_voids(self, partition: int, epoch: int) -> list[Void]: ...
+
+    async def decide(self, key: str, verdict: Literal["committed", "aborted"], connection: AsyncConnection | None = None) -> str:
+        """Write the verdict on a pinned hold unless one stands; the verdict that stands."""
+        ...
+
+    async def due_tasks(self, limit: int) -> list[Task]:
+        """Pending tasks whose time has come, at most one (the oldest) per group."""
+        ...
+
+    async def run_task(self, task: Task, call: Callable[[AsyncSession], Awaitable[None]]) -> bool:
+        """Lock the task, run ``call`` and mark it done in one transaction; False when another worker has it."""
+        ...
+
+    async def fail_task(self, task: Task, error: str, retry_in: float | None) -> None:
+        """Note the failure; None: dead letter."""
+        ...
+
+    async def dead_tasks(self, limit: int = 100) -> list[tuple[Task, str]]: ...
+    async def verify(self) -> list[str]:
+        """Promise 6, checked over all rows: supplied adds up, change chains are unbroken, reservations match their lines.
+        What is broken, in words; empty when all is well."""
+        ...

@@ -1,0 +1,77 @@
+"""What the SDK tells its metrics: small frozen events, one Protocol that receives them.
+
+A sink must not raise and must not block: it is called from the hot path, once per batch and not once per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSent:
+    """One script call: how many operations it carried, what became of them, how long it took (seconds)."""
+
+    partition: int
+    lane: str
+    operations: int
+    accepted: Mapping[str, int]
+    """Operations accepted, by kind."""
+    refused: Mapping[str, int]
+    """Operations refused, by reason (``insufficient``, ``conflict``, ``closed``, …)."""
+    replayed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One journal entry confirmed by the queue (``failed`` is the reason otherwise, and the worker will read it from the journal)."""
+
+    partition: int
+    seconds: float
+    failed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """One ledger transaction: operations it wrote, refused and voided; lag of its newest operation in seconds."""
+
+    partition: int
+    epoch: int
+    sequence: int
+    operations: int
+    rejected: int
+    duplicates: int
+    redelivered: int
+    lag_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """Something failed and is tried again; ``what`` is a fixed name (``redis``, ``publish``, ``ledger``, ``task``, …)."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """Something worth counting and maybe an alert: ``frozen``, ``recovered``, ``rejected``, ``duplicate``, ``dead_letter``,
+    ``task_died``, ``writes_stock_failed``, ``stale``."""
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+Event = BatchSent | Published | Applied | Retried | Happened
+
+
+class Metrics(Protocol):
+    """A sink for events."""
+
+    def record(self, event: Event) -> None:
+        """Take note of one event; must not raise or block."""
+        ...
