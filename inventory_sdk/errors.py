@@ -18,6 +18,8 @@
     ├── DeadlineExceeded                         the time given to the call ran out
     ├── DurabilityNotReached                     it stands, but not as safely as asked
     └── NotStarted                               use before ``start()`` / ``async with``
+
+A message names the field and its value, or the id to ask about or to repeat.
 """
 
 from __future__ import annotations
@@ -29,8 +31,18 @@ if TYPE_CHECKING:
     from inventory_sdk.model import Shortage
 
 
+def _revived(kind: type[InventoryError], arguments: tuple[Any, ...], fields: dict[str, Any]) -> InventoryError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(fields)
+    return error
+
+
 class InventoryError(Exception):
     """Something in inventory_sdk refused or failed."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way calls __init__ with the message alone: task queues and process pools would lose our errors.
+        return _revived, (type(self), self.args, self.__dict__.copy())
 
 
 class InvalidOperation(InventoryError, ValueError):
@@ -158,7 +170,8 @@ class DurabilityNotReached(InventoryError):
 
     def __init__(self, level: str, wanted: Any, applied: Any, worker_seen: float | None, why: str = "") -> None:
         seen = "no worker has given a sign of life" if worker_seen is None else f"worker seen {worker_seen:.1f} s ago"
-        super().__init__(f"durability {level!r} not reached: wanted {wanted}, applied {applied}, {seen}{'; ' + why if why else ''}")
+        more = f"; {why}" if why else ""
+        super().__init__(f"durability {level!r} not reached: wanted {wanted}, applied {applied}, {seen}{more}")
         self.level = level
         self.wanted = wanted
         self.applied = applied

@@ -237,9 +237,23 @@ class Ledger(Protocol):
         """Lock the partition's row of this epoch, close all older epochs for applying, and read; rolled back unless opened."""
         ...
 
-    async def apply(self, partition: int, epoch: int, entries: Sequence[JournalEntry], writes: Sequence[WritesStock] = ()) -> Applied:
+    async def epochs(self, partition: int) -> list[PartitionRow]:
+        """The newest epoch and every older one that still accepts ``apply``, oldest first; empty before the first start."""
+        ...
+
+    async def apply(
+        self,
+        partition: int,
+        epoch: int,
+        entries: Sequence[JournalEntry],
+        writes: Sequence[WritesStock] = (),
+        lost: Sequence[int] = (),
+    ) -> Applied:
         """One transaction for consecutive entries that begin right after the watermark (older ones are counted as
-        redelivered and checked for forks). ``EpochClosed``, ``WatermarkMoved``, ``ForkFound``, ``WritesStockFailed``."""
+        redelivered and checked for forks). ``EpochClosed``, ``WatermarkMoved``, ``ForkFound``, ``WritesStockFailed``.
+
+        ``lost`` (recovery only, never in the newest epoch: ``ValueError``) names sequences that are gone for good; together
+        with ``entries`` they are consecutive. The watermark passes them, nothing moves for them."""
         ...
 
     async def enter(self, partition: int, epoch: int, operations: Sequence[Entering]) -> list[Entered]:
@@ -259,6 +273,10 @@ class Ledger(Protocol):
 
     async def operations_at(self, positions: Sequence[Position]) -> list[OperationRow]: ...
     async def reservation(self, key: str) -> ReservationRow | None: ...
+    async def take_stale(self, partition: int, before_ms: int, limit: int) -> list[ReservationRow]:
+        """Live reservations opened before ``before_ms`` that were not reported yet; marks them as reported."""
+        ...
+
     async def pending_credits(self, partition: int, epoch: int) -> list[Credit]: ...
     async def pending_voids(self, partition: int, epoch: int) -> list[Void]: ...
 

@@ -27,7 +27,7 @@ class BatchSent:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One journal entry confirmed by the queue (``failed`` is the reason otherwise, and the worker will read it from the journal)."""
+    """One journal entry confirmed by the queue (``failed``: the reason why not; the worker will read it from the journal)."""
 
     partition: int
     seconds: float
@@ -59,8 +59,10 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """Something worth counting and maybe an alert: ``frozen``, ``recovered``, ``rejected``, ``duplicate``, ``dead_letter``,
-    ``task_died``, ``writes_stock_failed``, ``stale``."""
+    """Something worth counting and maybe an alert: ``frozen``, ``recovered``, ``lost``, ``late_entry``, ``fork``, ``unreadable``,
+    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``.
+
+    Labels have few values: partition, kind, reason, why, task."""
 
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)

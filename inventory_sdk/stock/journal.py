@@ -26,7 +26,9 @@ def decode(partition: int, epoch: int, sequence: int, body: str | bytes) -> Jour
     try:
         raw: dict[str, Any] = json.loads(body)
         if raw["v"] != VERSION:
-            raise UnreadableEntry(f"journal entry {partition}/{epoch}-{sequence} has format version {raw['v']}, this release reads {VERSION}")
+            raise UnreadableEntry(
+                f"journal entry {partition}/{epoch}-{sequence} has format version {raw['v']}, this release reads {VERSION}"
+            )
         operations = tuple([_operation(values) for values in raw["ops"]])
         return JournalEntry(partition, epoch, sequence, raw["n"], int(raw["t"]), operations)
     except (ValueError, KeyError, TypeError) as error:

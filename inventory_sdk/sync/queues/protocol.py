@@ -11,7 +11,19 @@ from inventory_sdk.errors import InventoryError
 
 
 class PublishFailed(InventoryError):
-    """The queue did not confirm the message: connection lost, time-out, nack, or returned (no such epoch is bound)."""
+    """The queue did not confirm the message: connection lost, time-out, nack, or returned. It may have arrived all the same."""
+
+
+class Unroutable(PublishFailed):
+    """Returned: this epoch is not bound (any more), so the message is nowhere. Trying again can't help."""
+
+
+class QueueUnavailable(InventoryError):
+    """``bind``, ``unbind``, ``delete`` could not be done now; all three may be repeated."""
+
+
+class QueueMisconfigured(InventoryError):
+    """The queue exists with settings that would lose messages; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,9 @@ class Queue(Protocol):
 
     @property
     def confirms(self) -> bool:
-        """True when a confirmed publish survives the loss of Redis (durability ``queue`` is possible)."""
+        """True when a confirmed publish survives the loss of Redis (durability ``queue`` is possible).
+
+        False: nothing needs to be published, the consumer reads the journal."""
         ...
 
     async def start(self) -> None: ...
@@ -58,7 +72,13 @@ class Queue(Protocol):
         ...
 
     async def publish(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:
-        """Returns once the queue has confirmed; else ``PublishFailed``. A duplicate is harmless."""
+        """Returns once the queue has confirmed; else ``PublishFailed`` (``Unroutable`` below it). A duplicate is harmless.
+        ``timeout`` is in seconds and is kept, whatever state the connection is in."""
+        ...
+
+    async def deliver(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:
+        """Like ``publish``, but straight into the partition's queue, past the bindings: recovery sends what it found in the
+        journal of an epoch that is fenced."""
         ...
 
     async def mark(self, partition: int, epoch: int, timeout: float) -> None:
@@ -67,6 +87,11 @@ class Queue(Protocol):
 
     def consume(self, partition: int, epoch: int, after: int) -> AbstractAsyncContextManager[Consumer]:
         """Become the partition's active consumer, or wait to. ``after``: the ledger's watermark (streams begin there)."""
+        ...
+
+    async def announce(self, messages: Sequence[Message]) -> None:
+        """Tell subscribers that the ledger has applied these entries; a body is ``announcement.announcement(…)``. For the
+        worker, after its commit. ``PublishFailed`` when it is not sure of all of them; repeating is harmless."""
         ...
 
     async def check(self) -> list[str]:

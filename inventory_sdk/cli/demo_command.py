@@ -1,0 +1,105 @@
+"""``inventory-sdk demo``: a flash sale, or the replay of an orders file, and the proof behind it."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inventory_sdk.cli.options import inventory_for, refuse, run
+
+if TYPE_CHECKING:
+    from inventory_sdk.cli.demo import FlashSale
+    from inventory_sdk.inventory import Inventory
+
+
+def demo(
+    orders: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Replay this CSV file (or .csv.gz) of orders.")
+    ] = None,
+    buyers: Annotated[int, typer.Option(min=1, max=1_000_000, help="Buyers of the flash sale.")] = 2000,
+    units: Annotated[int, typer.Option(min=1, max=1_000_000_000, help="Units of each of its three SKUs.")] = 100,
+    seed: Annotated[int, typer.Option(help="The same seed brings the same buyers.")] = 1,
+    redis: Annotated[str | None, typer.Option(help="redis://host:port/db; without it everything is embedded.")] = None,
+    queue: Annotated[str | None, typer.Option(help="amqp://…; without it the journal in Redis.")] = None,
+    database: Annotated[str | None, typer.Option(help="postgresql+asyncpg://…, mysql+asyncmy://…, sqlite+aiosqlite:///…")] = None,
+    namespace: Annotated[
+        str, typer.Option(help="What all keys and tables begin with; give the same one to go on after a killed run.")
+    ] = "inventory_demo",
+) -> None:
+    """Sell a few units to many buyers, or replay an orders file, and prove that Redis and the database agree.
+
+    Servers are never taken from the environment here: a demo moves stock.
+    """
+    from inventory_sdk.cli.demo import FlashSale
+
+    if redis is None and (queue is not None or database is not None):
+        raise refuse("--queue and --database go with --redis; without it everything is embedded")
+    if redis is not None and database is None:
+        raise refuse("--redis needs --database: the ledger is the truth")
+    inventory = inventory_for(redis, queue, database, namespace)
+    if orders is not None:
+        run(replayed(inventory, orders))
+    else:
+        run(sold(inventory, FlashSale(buyers=buyers, units=units, seed=seed)))
+
+
+async def begun(stack: AsyncExitStack, inventory: Inventory) -> None:
+    """Started, with its tables, and with a worker where none runs inside already."""
+    await stack.enter_async_context(inventory)
+    await inventory.create_schema()
+    if not inventory.embedded:
+        await stack.enter_async_context(inventory.worker())
+
+
+async def sold(inventory: Inventory, sale: FlashSale) -> bool:
+    from rich.console import Console
+
+    from inventory_sdk.cli import screen
+    from inventory_sdk.cli.demo import MERCHANT, flash_sale
+    from inventory_sdk.cli.proof import Expected, prove
+    from inventory_sdk.model import key_of
+
+    console = Console()
+    async with AsyncExitStack() as stack:
+        await begun(stack, inventory)
+        with screen.progress(console, f"{sale.buyers:,} buyers", sale.buyers) as advance:
+            tally = await flash_sale(
+                inventory,
+                sale,
+                lambda tally: advance(tally.done, f"{tally.sold.total():,} sold, {tally.refused:,} refused"),
+            )
+        counted = {
+            key_of(MERCHANT, sku): Expected(available=supplied - tally.sold[sku], reserved=0, sold=tally.sold[sku], written_off=0)
+            for sku, supplied in tally.supplied.items()
+        }
+        proof = await prove(inventory, counted)
+    console.print(screen.sale_table(tally))
+    return screen.verdict(console, proof, tally.contradictions, "Redis, the database and what the buyers were told")
+
+
+async def replayed(inventory: Inventory, path: Path) -> bool:
+    from rich.console import Console
+
+    from inventory_sdk.cli import screen
+    from inventory_sdk.cli.orders import UnreadableOrders, plan, read_orders
+    from inventory_sdk.cli.proof import prove
+    from inventory_sdk.cli.recount import recount
+    from inventory_sdk.cli.replay import expected, missing_or_doubled, replay
+
+    try:
+        acts = plan(read_orders(path))
+    except UnreadableOrders as error:
+        raise refuse(str(error)) from None
+    console = Console()
+    async with AsyncExitStack() as stack:
+        await begun(stack, inventory)
+        with screen.progress(console, path.name, len(acts)) as advance:
+            outcome = await replay(inventory, acts, lambda done: advance(done, ""))
+        counted = recount(path)
+        proof = await prove(inventory, expected(counted))
+        differences = await missing_or_doubled(inventory, acts, counted)
+    console.print(screen.replay_table(outcome, counted))
+    return screen.verdict(console, proof, differences, "Redis, the database and a recount of the file")

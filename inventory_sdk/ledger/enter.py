@@ -1,0 +1,304 @@
+"""SQL-first operations: opening balances, restocks, returns, positive adjusts.
+
+The epoch-0 row is their queue: who holds it gives out positions (partition, 0, n) and is alone in reading what was returned. The open
+epoch's row is held FOR SHARE, so the credits that are written here belong to an epoch that is still open when they commit, and
+``apply``, which takes it FOR UPDATE, never sees claims appear under it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import select, update
+
+from inventory_sdk.errors import InvalidOperation, OperationConflict
+from inventory_sdk.ledger import rows
+from inventory_sdk.ledger.apply import ENTRY, call_writes, move_stock, write_holds
+from inventory_sdk.ledger.decide import APPLIED, CHANGE, HELD, OPERATION, TASK, Hold, Stock, parse_json, task_row
+from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, OperationRow, WritesStock
+from inventory_sdk.ledger.store import OPEN, PENDING, Store, clean, dumps
+from inventory_sdk.model import (
+    LEDGER_DELTAS,
+    MAX_BALANCE,
+    Deltas,
+    Kind,
+    Movement,
+    Position,
+    fingerprint,
+    key_of,
+    split_key,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+CREDIT: Final = ("partition", "seq", "line", "epoch", "key", "merchant", "sku", "quantity", "state")
+_NEW_STOCK: Final = ("merchant", "sku", "partition", "admission")
+
+_ENTERING: Final[dict[str, Deltas]] = {
+    Kind.OPEN: LEDGER_DELTAS[Kind.OPEN],
+    Kind.RESTOCK: LEDGER_DELTAS[Kind.RESTOCK],
+    Kind.TAKE_BACK: LEDGER_DELTAS[Kind.TAKE_BACK],
+    # A count that finds more supplies it, as a restock does.
+    Kind.ADJUST: LEDGER_DELTAS[Kind.RESTOCK],
+}
+
+
+async def enter(
+    connection: AsyncConnection,
+    store: Store,
+    partition: int,
+    epoch: int,
+    operations: Sequence[Entering],
+    writes: Sequence[WritesStock],
+) -> list[Entered]:
+    """See ``Ledger.enter``; the caller commits."""
+    for operation in operations:
+        _check(operation)
+    applied = await _lock(connection, store, partition, epoch)
+    known = await _known(connection, store, operations)
+    sold = await _sold(connection, store, [each.reference for each in operations if each.kind == Kind.TAKE_BACK])
+    credits = {}
+    if known:
+        seqs = [row.position.sequence for row in known.values()]
+        credits = {c.position.sequence: c for c in await rows.pending_credits(connection, store, partition, epoch, seqs)}
+    stock = await _stock(connection, store, partition, [each for each in operations if each.key not in known])
+    names = {key_of(split_key(op.key)[0], name) for op in operations for _, name, _ in op.reservations}
+    work = _Entering(partition, epoch, applied, stock, await rows.holds(connection, store, names), sold, movements=bool(writes))
+    done: list[Entered] = []
+    fresh: dict[str, tuple[Entering, Entered]] = {}
+    for operation in operations:
+        before = known.get(operation.key)
+        if before is not None:
+            if before.fingerprint != operation.fingerprint:
+                raise OperationConflict(split_key(operation.key)[1])
+            ours = (before.position.partition, before.position.epoch) == (partition, 0)
+            credit = credits.get(before.position.sequence) if ours else None
+            done.append(Entered(before.position, before.remaining, credit, True))
+        elif operation.key in fresh:
+            first, entered = fresh[operation.key]
+            if first.fingerprint != operation.fingerprint:
+                raise OperationConflict(split_key(operation.key)[1])
+            done.append(Entered(entered.position, entered.remaining, entered.credit, True))
+        else:
+            entered = work.take(operation)
+            fresh[operation.key] = (operation, entered)
+            done.append(entered)
+    await _write(connection, store, work, applied)
+    if work.movements:
+        await call_writes(connection, writes, work.movements)
+    return done
+
+
+def _check(operation: Entering) -> None:
+    if operation.kind not in _ENTERING:
+        raise InvalidOperation("kind", operation.kind, "does not enter through SQL")
+    least = 0 if operation.kind == Kind.OPEN else 1
+    for quantity in operation.lines[1::2]:
+        if type(quantity) is not int or quantity < least:
+            raise InvalidOperation("quantity", quantity, f"must be a whole number of at least {least} to enter the ledger")
+    for _, name, quantity in operation.reservations:
+        if type(quantity) is not int or quantity < 1:
+            raise InvalidOperation("reservations", (name, quantity), "must hold at least one unit")
+
+
+async def _lock(connection: AsyncConnection, store: Store, partition: int, epoch: int) -> int:
+    table = store.tables.partition
+    zero = select(table.c.applied).where(table.c.partition == partition, table.c.epoch == 0).with_for_update()
+    applied = (await connection.execute(zero)).scalar()
+    share = select(table.c.state).where(table.c.partition == partition, table.c.epoch == epoch).with_for_update(read=True)
+    state = (await connection.execute(share)).scalar()
+    if applied is None or state != OPEN:
+        raise EpochClosed(f"partition {partition}: epoch {epoch} is {state or 'unknown'}, nothing enters in it")
+    return int(applied)
+
+
+async def _known(connection: AsyncConnection, store: Store, operations: Sequence[Entering]) -> dict[str, OperationRow]:
+    taken = await rows.claims(connection, store, {each.key for each in operations})
+    if not taken:
+        return {}
+    table = store.tables.operation
+    found = await connection.execute(select(*rows.operation_columns(store)).where(table.c.claim.in_(list(taken))))
+    return {row.key: row for row in map(rows.operation_row, found)}
+
+
+async def _sold(connection: AsyncConnection, store: Store, references: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Per sale: field → units that may still be returned."""
+    if not references:
+        return {}
+    wanted = set(references)
+    sold: dict[str, dict[str, int]] = {}
+    for key, take in (await rows.claims(connection, store, wanted)).items():
+        if take.kind == Kind.DEDUCT:
+            sold[key] = dict(zip(take.lines[::2], take.lines[1::2], strict=True))
+    for key, hold in (await rows.holds(connection, store, wanted)).items():
+        sold[key] = {field: counts[2] for field, counts in hold.lines.items()}
+    table = store.tables.operation
+    returns = (
+        select(*rows.operation_columns(store))
+        .where(table.c.reference.in_(list(wanted)))
+        .where(table.c.kind == Kind.TAKE_BACK.value, table.c.status == APPLIED)
+    )
+    for row in map(rows.operation_row, await connection.execute(returns)):
+        left = sold.get(row.reference, {})
+        for field, quantity in zip(row.lines[::2], row.lines[1::2], strict=True):
+            left[field] = left.get(field, 0) - quantity
+    return sold
+
+
+async def _stock(connection: AsyncConnection, store: Store, partition: int, operations: Sequence[Entering]) -> dict[str, Stock]:
+    """The rows that these operations touch, locked; missing ones are made, with zeros."""
+    fields = {field for operation in operations for field in operation.lines[::2]}
+    stock = await rows.stock(connection, store, fields, "update")
+    born = {field for each in operations if each.kind != Kind.TAKE_BACK for field in each.lines[::2]} - stock.keys()
+    new = [(*split_key(field), partition, "redis") for field in sorted(born)]
+    await store.bulk.insert(connection, store.tables.stock, _NEW_STOCK, new)
+    for merchant, sku, _, _ in new:
+        stock[key_of(merchant, sku)] = Stock(merchant, sku, (0, 0, 0, 0, 0), 0)
+    return stock
+
+
+class _Entering:
+    """Works out new operations in order and collects the rows to write."""
+
+    def __init__(
+        self,
+        partition: int,
+        epoch: int,
+        applied: int,
+        stock: dict[str, Stock],
+        holds: dict[str, Hold],
+        sold: dict[str, dict[str, int]],
+        movements: bool,
+    ) -> None:
+        self.partition = partition
+        self.epoch = epoch
+        self.seq = applied
+        self.stock = stock
+        self.holds = holds
+        self.sold = sold
+        self.at_ms = time.time_ns() // 1_000_000
+        self.entries: list[tuple[Any, ...]] = []
+        self.operations: list[list[Any]] = []
+        self.changes: list[tuple[Any, ...]] = []
+        self.credits: list[tuple[Any, ...]] = []
+        self.tasks: list[tuple[Any, ...]] = []
+        self.movements: list[Movement] = []
+        self._moving = movements
+
+    def take(self, operation: Entering) -> Entered:
+        self.seq += 1
+        position = Position(self.partition, 0, self.seq)
+        merchant, operation_id = split_key(operation.key)
+        extra = parse_json(operation.extra, operation.key)
+        reason = operation.reason or extra.get("reason") or ""
+        if operation.kind == Kind.TAKE_BACK:
+            self._return(operation)
+        moved = self._open(operation) if operation.kind == Kind.OPEN else list(operation.lines)
+        per_unit = _ENTERING[operation.kind]
+        if operation.kind != Kind.OPEN:
+            for at in range(0, len(moved), 2):
+                deltas = Deltas(*(delta * moved[at + 1] for delta in per_unit))
+                self._change(operation, at // 2, moved[at], moved[at + 1], deltas, reason)
+        remaining = tuple(self.stock[field].available for field in operation.lines[::2])
+        kept = [value for field, value in zip(operation.lines[::2], remaining, strict=True) if field in moved[::2]]
+        row = [
+            self.partition, 0, self.seq, 0, merchant, operation_id, operation.key, operation.kind, operation.order or None,
+            operation.reference or None, operation.fingerprint, len(moved) // 2, dumps([moved, kept]), APPLIED, False, self.at_ms,
+            clean(str(reason)) if reason else None,
+        ]  # fmt: skip
+        self.operations.append(row)
+        self.entries.append((self.partition, 0, self.seq, "", self.at_ms, 1))
+        if extra.get("task"):
+            place = (*position, 0)
+            self.tasks.append(task_row(extra["task"], merchant, operation_id, operation.kind, operation.order, row, place))
+        credit = None
+        if operation.kind != Kind.OPEN:
+            credit = Credit(position, self.epoch, operation.key, tuple(moved))
+            for at in range(0, len(moved), 2):
+                where = (self.partition, self.seq, at // 2, self.epoch, operation.key)
+                self.credits.append((*where, *split_key(moved[at]), moved[at + 1], PENDING))
+        return Entered(position, remaining, credit, False)
+
+    def _return(self, operation: Entering) -> None:
+        left = self.sold.get(operation.reference)
+        name = split_key(operation.reference)[1]
+        if left is None:
+            raise InvalidOperation("of", name, "is not a sale that the ledger knows")
+        for at in range(0, len(operation.lines), 2):
+            field, quantity = operation.lines[at], operation.lines[at + 1]
+            if left.get(field, 0) < quantity:
+                merchant, sku = split_key(field)
+                why = f"{quantity} of merchant {merchant!r}, sku {sku!r} are more than the {left.get(field, 0)} that {name!r} has sold"
+                raise InvalidOperation("lines", quantity, f"{why} and did not take back yet")
+            left[field] -= quantity
+
+    def _open(self, operation: Entering) -> list[Any]:
+        """Open the SKUs that had no row; their flat lines."""
+        held: dict[str, list[tuple[str, int]]] = {}
+        for field, name, quantity in operation.reservations:
+            held.setdefault(field, []).append((name, quantity))
+        opened: list[Any] = []
+        for at in range(0, len(operation.lines), 2):
+            field, available = operation.lines[at], operation.lines[at + 1]
+            if self.stock[field].version:
+                continue
+            reserved = sum(quantity for _, quantity in held.get(field, ()))
+            deltas = Deltas(available=available, reserved=reserved, supplied=available + reserved)
+            self._change(operation, len(opened) // 2, field, available, deltas, operation.reason)
+            opened += [field, available]
+            for name, quantity in held.get(field, ()):
+                self._reserve(operation, field, name, quantity)
+        return opened
+
+    def _reserve(self, operation: Entering, field: str, name: str, quantity: int) -> None:
+        key = key_of(split_key(operation.key)[0], name)
+        hold = self.holds.get(key)
+        if hold is None:
+            hold = self.holds[key] = Hold(key, HELD, "", self.partition, 0, self.seq, operation.order, 0, False, {})
+        elif hold.state != HELD or hold.epoch != 0 or field in hold.lines:
+            raise OperationConflict(name, "names a reservation that the ledger has already")
+        hold.lines[field] = [quantity, quantity, 0, 0]
+        hold.born.add(field)
+        flat: list[Any] = []
+        for each in sorted(hold.lines):
+            flat += [each, hold.lines[each][0]]
+        hold.fingerprint = fingerprint(Kind.RESERVE, "", flat)
+        hold.touched = True
+
+    def _change(self, operation: Entering, line: int, field: str, quantity: int, deltas: Deltas, reason: str) -> None:
+        row = self.stock[field]
+        before = row.after()[:5]
+        row.add(deltas)
+        after = row.after()[:5]
+        if row.available + row.reserved > MAX_BALANCE:
+            raise InvalidOperation("quantity", quantity, f"would raise sku {row.sku!r} above {MAX_BALANCE}")
+        place = (self.partition, 0, self.seq, 0, line, row.merchant, row.sku, row.version, quantity)
+        self.changes.append((*place, *deltas, *before, *after))
+        if self._moving and operation.kind != Kind.OPEN:
+            self.movements.append(
+                Movement(
+                    row.merchant, row.sku, operation.kind, quantity, deltas.available, deltas.reserved, deltas.sold,
+                    split_key(operation.key)[1], operation.order or None, None, Position(self.partition, 0, self.seq), 0,
+                    reason or None,
+                )  # fmt: skip
+            )
+
+
+async def _write(connection: AsyncConnection, store: Store, work: _Entering, applied: int) -> None:
+    if work.seq == applied:
+        return
+    bulk, tables = store.bulk, store.tables
+    table = tables.partition
+    await connection.execute(
+        update(table).where(table.c.partition == work.partition, table.c.epoch == 0).values(applied=work.seq)
+    )
+    await bulk.insert(connection, tables.entry, ENTRY, work.entries)
+    await bulk.insert(connection, tables.operation, OPERATION, work.operations)
+    await bulk.insert(connection, tables.change, CHANGE, work.changes)
+    await move_stock(connection, store, work.stock)
+    await write_holds(connection, store, work.holds.values(), ())
+    await bulk.insert(connection, tables.credit, CREDIT, work.credits)
+    await bulk.insert(connection, tables.task, TASK, work.tasks)

@@ -1,0 +1,222 @@
+"""``SqlLedger``: the ledger on SQLAlchemy Core, for PostgreSQL, MariaDB/MySQL and SQLite.
+
+Each method is one transaction; what happens in it lives in the neighbours (``apply``, ``enter``, ``rebuild``, ``tasks``, ``verify``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Literal
+
+try:
+    from sqlalchemy import func, select
+except ImportError as error:
+    raise ImportError(
+        "the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])"
+    ) from error
+
+from inventory_sdk.ledger import ddl, rebuild, rows, tasks
+from inventory_sdk.ledger import verify as checks
+from inventory_sdk.ledger.apply import apply
+from inventory_sdk.ledger.engines import Engines
+from inventory_sdk.ledger.enter import enter
+from inventory_sdk.ledger.protocol import (
+    Applied,
+    Balance,
+    Credit,
+    Entered,
+    Entering,
+    EpochClosed,
+    OperationRow,
+    PartitionRow,
+    Rebuilding,
+    ReservationRow,
+    StockRow,
+    Task,
+    Void,
+    WritesStock,
+)
+from inventory_sdk.ledger.schema import tables
+from inventory_sdk.ledger.store import OPEN, PENDING, Store
+from inventory_sdk.model import JournalEntry, Position, key_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+
+class SqlLedger:
+    """The ledger in a SQL database. Implements ``protocol.Ledger``, which documents the methods.
+
+    ``database`` is a URL (``postgresql+asyncpg://``, ``mysql+asyncmy://``, ``sqlite+aiosqlite:///``) or an ``AsyncEngine``, which
+    stays the caller's to dispose. One object serves several event loops, one after another or at once: each gets its own engine.
+    A driver that is not installed is an ``ImportError`` that names the extra; a database that isn't known, an ``InventoryError``.
+    """
+
+    def __init__(self, database: str | AsyncEngine, prefix: str = "inventory_") -> None:
+        self._engines = Engines(database)
+        self.tables = tables(prefix)
+        self._store = Store(self.tables, self._engines.bulk, self._engines.dialect.name)
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """This event loop's engine: for ``session=`` checks, ``reads_stock`` sessions and tools."""
+        return self._engines.bound().engine
+
+    async def start(self) -> None:
+        """Connect once, so that a wrong URL shows here."""
+        async with self._engines.read() as connection:
+            await connection.execute(select(1))
+
+    async def close(self) -> None:
+        """Close this event loop's connections; a given ``AsyncEngine`` stays open."""
+        await self._engines.dispose()
+
+    async def create_schema(self) -> None:
+        """Create the tables that are not there."""
+        async with self._engines.write() as connection:
+            await ddl.create(connection, self._store)
+
+    async def check_schema(self) -> list[str]:
+        """What is missing or wrong, in words; empty when all is well."""
+        async with self._engines.read() as connection:
+            return await ddl.check(connection, self._store)
+
+    async def settle_setting(self, name: str, value: str) -> str:
+        """The stored value; stores ``value`` if there was none."""
+        table = self.tables.setting
+        async with self._engines.write() as connection:
+            await self._store.insert_if_absent(connection, table, {"name": name, "value": value})
+            stored = await connection.execute(select(table.c.value).where(table.c.name == name))
+            return str(stored.scalar_one())
+
+    async def partition(self, partition: int) -> PartitionRow | None:
+        """The newest epoch's row, None before the first start."""
+        async with self._engines.read() as connection:
+            return await rebuild.newest(connection, self._store, partition)
+
+    async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
+        """Open epoch ``above + 1`` in state ``rebuilding``; None when another process won."""
+        async with self._engines.write() as connection:
+            return await rebuild.raise_epoch(connection, self._store, partition, above)
+
+    @asynccontextmanager
+    async def rebuilding(self, partition: int, epoch: int) -> AsyncIterator[Rebuilding]:
+        """A reading of the partition under its lock; rolled back unless opened. ``EpochClosed`` if it is not being rebuilt."""
+        async with self._engines.write() as connection:
+            reading = rebuild.Reading(connection, self._store, partition, epoch)
+            await reading.lock()
+            yield reading
+            if not reading.opened:
+                await connection.rollback()
+
+    async def apply(self, partition: int, epoch: int, entries: Sequence[JournalEntry], writes: Sequence[WritesStock] = ()) -> Applied:
+        """Entries right behind the watermark, in one transaction. ``EpochClosed``, ``WatermarkMoved``, ``ForkFound``,
+        ``WritesStockFailed``, ``QuantityMismatch``; after an error nothing is applied."""
+        async with self._engines.write() as connection:
+            return await apply(connection, self._store, partition, epoch, entries, writes)
+
+    async def enter(
+        self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()
+    ) -> list[Entered]:
+        """SQL-first operations, all or none. ``EpochClosed``, ``OperationConflict``, ``InvalidOperation``."""
+        async with self._engines.write() as connection:
+            return await enter(connection, self._store, partition, epoch, operations, writes)
+
+    @asynccontextmanager
+    async def balances(self, partition: int, epoch: int, fields: Sequence[str]) -> AsyncIterator[Mapping[str, Balance]]:
+        """The rows that exist, held until the block ends; ``EpochClosed`` unless the epoch is open."""
+        table, credit = self.tables.partition, self.tables.credit
+        async with self._engines.write() as connection:
+            share = select(table.c.state).where(table.c.partition == partition, table.c.epoch == epoch).with_for_update(read=True)
+            state = (await connection.execute(share)).scalar()
+            if state != OPEN:
+                raise EpochClosed(f"partition {partition}: epoch {epoch} is {state or 'unknown'}, nothing is loaded in it")
+            stock = await rows.stock(connection, self._store, set(fields), "share")
+            # After the lock: a credit's operation holds its stock rows, so what is pending for these can't change any more.
+            pending = (
+                select(credit.c.merchant, credit.c.sku, func.sum(credit.c.quantity))
+                .where(credit.c.partition == partition, credit.c.epoch == epoch, credit.c.state == PENDING)
+                .group_by(credit.c.merchant, credit.c.sku)
+            )
+            coming = {key_of(merchant, sku): int(units) for merchant, sku, units in await connection.execute(pending)}
+            yield {field: Balance(field, row.available - coming.get(field, 0), row.reserved) for field, row in stock.items()}
+
+    async def stock(self, fields: Sequence[str]) -> list[StockRow]:
+        """The rows of these fields that exist, sorted."""
+        async with self._engines.read() as connection:
+            return await rows.stock_rows(connection, self._store, fields)
+
+    async def all_stock(self, merchant: str | None = None) -> list[StockRow]:
+        """Every stock row, sorted."""
+        async with self._engines.read() as connection:
+            return await rows.all_stock(connection, self._store, merchant)
+
+    async def operation(self, key: str) -> OperationRow | None:
+        """The operation that holds this claim."""
+        async with self._engines.read() as connection:
+            return await rows.operation(connection, self._store, key)
+
+    async def operations_at(self, positions: Sequence[Position]) -> list[OperationRow]:
+        """All operations of these entries, in journal order."""
+        async with self._engines.read() as connection:
+            return await rows.operations_at(connection, self._store, positions)
+
+    async def reservation(self, key: str) -> ReservationRow | None:
+        """The reservation, whatever its state."""
+        async with self._engines.read() as connection:
+            hold = (await rows.holds(connection, self._store, [key])).get(key)
+            return None if hold is None else rows.reservation_row(hold)
+
+    async def pending_credits(self, partition: int, epoch: int) -> list[Credit]:
+        """Credits of this epoch that were not made yet, in order."""
+        async with self._engines.read() as connection:
+            return await rows.pending_credits(connection, self._store, partition, epoch)
+
+    async def pending_voids(self, partition: int, epoch: int) -> list[Void]:
+        """Voids of this epoch that were not made yet, in order."""
+        async with self._engines.read() as connection:
+            return await rows.pending_voids(connection, self._store, partition, epoch)
+
+    async def decide(self, key: str, verdict: Literal["committed", "aborted"], connection: AsyncConnection | None = None) -> str:
+        """The verdict that stands, this one if none did. With ``connection`` (a session's) it is part of that transaction."""
+        if connection is not None:
+            return await self._decide(connection, key, verdict)
+        async with self._engines.write() as own:
+            return await self._decide(own, key, verdict)
+
+    async def _decide(self, connection: AsyncConnection, key: str, verdict: str) -> str:
+        table = self.tables.decision
+        values = {"key": key, "verdict": verdict, "at_ms": time.time_ns() // 1_000_000}
+        await self._store.insert_if_absent(connection, table, values)
+        # A locking read: the session's snapshot may be older than a verdict that another transaction has committed.
+        query = select(table.c.verdict).where(table.c.key == key).with_for_update(read=True)
+        return str((await connection.execute(query)).scalar_one())
+
+    async def due_tasks(self, limit: int) -> list[Task]:
+        """Pending tasks whose time has come, the oldest of each group. A task that waits for its next try blocks its group;
+        a dead letter does not."""
+        async with self._engines.read() as connection:
+            return await tasks.due(connection, self._store, limit)
+
+    async def run_task(self, task: Task, call: Callable[[AsyncSession], Awaitable[None]]) -> bool:
+        """Run ``call`` and mark the task done in one transaction; False when another worker has it, or it is no longer pending.
+        What ``call`` raises is raised, and nothing is kept."""
+        async with self._engines.write() as connection:
+            return await tasks.run(connection, self._store, task, call)
+
+    async def fail_task(self, task: Task, error: str, retry_in: float | None) -> None:
+        """Note the failure and try again in ``retry_in`` seconds; None: dead letter."""
+        async with self._engines.write() as connection:
+            await tasks.fail(connection, self._store, task, error, retry_in)
+
+    async def dead_tasks(self, limit: int = 100) -> list[tuple[Task, str]]:
+        """Dead letters with their last error, oldest first."""
+        async with self._engines.read() as connection:
+            return await tasks.dead(connection, self._store, limit)
+
+    async def verify(self) -> list[str]:
+        """Promise 6 over all rows, and the watermarks; what is broken, in words."""
+        async with self._engines.read() as connection:
+            return await checks.verify(connection, self._store)

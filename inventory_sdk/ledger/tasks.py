@@ -1,0 +1,90 @@
+"""Task rows: ``run="later"`` functions, one after another within a group (merchant and order, else the operation).
+
+A pending task blocks the younger ones of its group, also while it waits for its next try. A dead one does not: it has left the
+queue, somebody was told, and the rest of the order must not wait for a person.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import exists, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from inventory_sdk.errors import InventoryError
+from inventory_sdk.ledger.protocol import Task
+from inventory_sdk.ledger.store import PENDING, Store, clean
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+DONE: Final = "done"
+DEAD: Final = "dead"
+
+_COLUMNS: Final = ("number", "name", "version", "arguments", "group_id", "operation_id", "merchant", "attempts", "receipt")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _columns(table: Any) -> list[Any]:
+    return [table.c[name] for name in _COLUMNS]
+
+
+async def due(connection: AsyncConnection, store: Store, limit: int) -> list[Task]:
+    """See ``Ledger.due_tasks``."""
+    table = store.tables.task
+    older = table.alias("older")
+    blocked = exists().where(
+        older.c.state == PENDING,
+        older.c.merchant == table.c.merchant,
+        older.c.group_id == table.c.group_id,
+        older.c.number < table.c.number,
+    )
+    query = (
+        select(*_columns(table))
+        .where(table.c.state == PENDING, table.c.due_ms <= _now_ms(), ~blocked)
+        .order_by(table.c.number)
+        .limit(limit)
+    )
+    return [Task(*row) for row in await connection.execute(query)]
+
+
+async def run(connection: AsyncConnection, store: Store, task: Task, call: Callable[[AsyncSession], Awaitable[None]]) -> bool:
+    """See ``Ledger.run_task``; the caller commits."""
+    table = store.tables.task
+    query = select(table.c.state).where(table.c.number == task.number)
+    state = (await connection.execute(query.with_for_update(skip_locked=True))).scalar()
+    if state != PENDING:
+        return False
+    # Before the call: should it end our transaction by force, its writes and this row are committed together.
+    await connection.execute(update(table).where(table.c.number == task.number).values(state=DONE, attempts=table.c.attempts + 1))
+    async with AsyncSession(bind=connection, join_transaction_mode="create_savepoint", expire_on_commit=False) as session:
+        await call(session)
+        await session.commit()
+    if not connection.in_transaction():
+        raise InventoryError(f"task {task.name!r} ended the worker's transaction: use its session, not its connection's root")
+    return True
+
+
+async def fail(connection: AsyncConnection, store: Store, task: Task, error: str, retry_in: float | None) -> None:
+    """See ``Ledger.fail_task``; the caller commits."""
+    table = store.tables.task
+    due_ms = _now_ms() + int((retry_in or 0) * 1000)
+    await connection.execute(
+        update(table)
+        .where(table.c.number == task.number, table.c.state == PENDING)
+        .values(
+            attempts=table.c.attempts + 1, due_ms=due_ms, error=clean(error), state=DEAD if retry_in is None else PENDING
+        )  # fmt: skip
+    )
+
+
+async def dead(connection: AsyncConnection, store: Store, limit: int) -> list[tuple[Task, str]]:
+    """Dead letters with their last error, oldest first."""
+    table = store.tables.task
+    query = select(*_columns(table), table.c.error).where(table.c.state == DEAD).order_by(table.c.number).limit(limit)
+    return [(Task(*row[:-1]), row[-1] or "") for row in await connection.execute(query)]

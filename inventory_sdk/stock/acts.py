@@ -1,0 +1,392 @@
+"""How an act of the stock API becomes one batch operation, and its answer a receipt; what the aspects use besides."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Final, Literal
+from uuid import uuid4
+
+from inventory_sdk import context
+from inventory_sdk.errors import InvalidOperation, OperationConflict, ReservationClosed, ReservationNotFound
+from inventory_sdk.ledger.protocol import OperationRow
+from inventory_sdk.model import (
+    MAX_LINES,
+    MAX_QUANTITY,
+    Kind,
+    Line,
+    Position,
+    Receipt,
+    check_text,
+    check_ttl,
+    fingerprint,
+    key_of,
+    partition_of,
+    split_key,
+    summed,
+)
+from inventory_sdk.stock import entering, reading
+from inventory_sdk.stock.answers import closed, error, receipt, refused
+from inventory_sdk.stock.batch import DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, REPLAY, TOO_LATE, Answer, Answered
+from inventory_sdk.stock.engine import Engine
+from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.records import read_result
+
+LEVELS: Final = ("redis", "queue", "database")
+PIN_OVERDUE: Final = 60.0
+"""Seconds after which a pinned hold is resolved by whoever finds it."""
+
+Reach = Callable[[Engine, Position, str, str, Answered | None], Awaitable[None]]
+"""Waits until the operation of this key at this position is as durable as the level says; the batch is None for a replay."""
+
+
+class Acts:
+    """The acts behind the stock API. Times are in seconds."""
+
+    def __init__(
+        self,
+        engine: Callable[[], Engine],
+        *,
+        merchant: str | None,
+        durability: Callable[[], str],
+        reach: Reach,
+        max_lines: int = MAX_LINES,
+    ) -> None:
+        self._engine = engine
+        self._default_merchant = check_text("merchant", merchant) if merchant is not None else None
+        self._default_durability = durability
+        self._reach = reach
+        self._max_lines = max_lines
+
+    async def submit(
+        self,
+        kind: str,
+        *,
+        merchant: str | None = None,
+        operation_id: str | None = None,
+        lines: Sequence[Line] | None = None,
+        reservation: str | None = None,
+        order: str | None = None,
+        ttl: float | None = None,
+        of: str | None = None,
+        reason: str | None = None,
+        durability: str | None = None,
+        task: dict[str, Any] | None = None,
+    ) -> Receipt:
+        """Any public kind by name; the public methods are this with fewer arguments."""
+        if kind in (Kind.CONFIRM, Kind.RELEASE):
+            if reservation is None:
+                raise InvalidOperation("reservation", None, f"{kind} needs the reservation it closes")
+            return await self._close(Kind(kind), reservation, lines, operation_id, merchant, durability, task, "")
+        if reason is not None:
+            _check_reason(reason)
+        if kind in (Kind.RESERVE, Kind.DEDUCT) or (kind == Kind.ADJUST and _sign(lines) < 0):
+            return await self._take(kind, lines, merchant, operation_id, order, ttl, durability, _extra(reason, task))
+        home = self._merchant(merchant)
+        if order is not None:
+            check_text("order", order)
+        key = key_of(home, uuid4().hex if operation_id is None else check_text("operation_id", operation_id))
+        flat = self._flat(lines, home, +1)
+        if kind == Kind.ADJUST:
+            return await self._enter(Kind.ADJUST, home, key, flat, order or "", "", _extra_of(reason, task))
+        if kind not in (Kind.RESTOCK, Kind.TAKE_BACK):
+            raise InvalidOperation("kind", kind, "is not a public operation")
+        reference = ""
+        if kind == Kind.TAKE_BACK:
+            reference = key_of(home, check_text("of", of))
+        return await self._enter(Kind(kind), home, key, flat, order or "", reference, _extra_of(reason, task))
+
+    async def undo(self, receipt: Receipt) -> bool:
+        """Give back a take that is still fully held and not kept, and free its id; False if it was no longer so."""
+        key = key_of(receipt.merchant, receipt.operation_id)
+        flat = [value for line in receipt.lines for value in (key_of(line.merchant, line.sku), abs(line.quantity))]
+        position = receipt.positions[0]
+        return await self._undo(receipt.kind, key, flat, position)
+
+    async def keep(self, receipt: Receipt) -> bool:
+        """From now on the take can't be undone; False if it was undone already."""
+        key = key_of(receipt.merchant, receipt.operation_id)
+        position = receipt.positions[0]
+        mark = f"{position.epoch}-{position.sequence}"
+        operation: list[Any] = ["keep", f"{key}\x1fkeep", "", [], "", key, 0, "", mark, ""]
+        answer, _ = await self._engine().send(self._home(receipt.merchant), operation)
+        if answer[0] not in (DONE, DONE_LINES, REPLAY, TOO_LATE):
+            raise refused(answer)
+        return bool(answer[0] != TOO_LATE)
+
+    async def pin(self, receipt: Receipt) -> bool:
+        """The hold has no running ttl from now on and ends when its decider speaks; False if it is no longer held."""
+        try:
+            await self._change(Kind.PIN, receipt.operation_id, receipt.merchant, PIN_OVERDUE)
+        except (ReservationClosed, ReservationNotFound):
+            return False
+        return True
+
+    async def resume(self, receipt: Receipt, ttl: float | None) -> bool:
+        """Unpin: the ttl runs from now; False if it is no longer held."""
+        try:
+            await self._change(Kind.RESUME, receipt.operation_id, receipt.merchant, ttl)
+        except (ReservationClosed, ReservationNotFound):
+            return False
+        return True
+
+    async def settle_pinned(self, receipt: Receipt, kind: Literal["confirm", "release"]) -> Receipt:
+        """Close a pinned hold as its decider."""
+        return await self._close(Kind(kind), receipt.operation_id, None, None, receipt.merchant, None, None, "d")
+
+    def _merchant(self, merchant: str | None) -> str:
+        if merchant is not None:
+            return check_text("merchant", merchant)
+        merchant = context.merchant.get() or self._default_merchant  # both were checked when they were set
+        if merchant is None:
+            raise InvalidOperation("merchant", None, "name one in the call, the request, or Inventory(merchant=…)")
+        return merchant
+
+    def _home(self, merchant: str) -> Partition:
+        return self._engine().home(merchant)
+
+    def _flat(self, lines: Sequence[Line] | None, merchant: str, sign: int) -> list[Any]:
+        """Summed and sorted [field, quantity, …], quantities positive."""
+        if not lines:
+            raise InvalidOperation("lines", lines, "must have at least one line")
+        if len(lines) == 1:
+            line = lines[0]
+            if type(line) is Line and line.merchant is None and line.quantity * sign > 0:
+                return [f"{merchant}\x1f{line.sku}", line.quantity * sign]
+        for line in lines:
+            if not isinstance(line, Line):
+                raise InvalidOperation("lines", line, "must be Line objects")
+            if line.quantity * sign <= 0:
+                raise InvalidOperation(
+                    "quantity", line.quantity, f"must be {'positive' if sign > 0 else 'negative'} (sku {line.sku!r})"
+                )
+        flat = summed(lines, merchant)
+        if len(flat) > self._max_lines * 2:
+            raise InvalidOperation("lines", len(flat) // 2, f"at most {self._max_lines} lines in one operation")
+        partitions = self._engine().settings.partitions
+        if partitions > 1:
+            home = partition_of(merchant, partitions)
+            for field in flat[::2]:
+                if partition_of(split_key(field)[0], partitions) != home:
+                    raise InvalidOperation("lines", split_key(field)[0], f"is in another partition than merchant {merchant!r}")
+        if sign < 0:
+            flat[1::2] = [-quantity for quantity in flat[1::2]]
+        for quantity in flat[1::2]:
+            if quantity > MAX_QUANTITY:
+                raise InvalidOperation("quantity", quantity, f"lines of one SKU must not sum to more than {MAX_QUANTITY}")
+        return flat
+
+    async def _take(
+        self,
+        kind: str,
+        lines: Sequence[Line] | None,
+        merchant: str | None,
+        operation_id: str | None,
+        order: str | None,
+        ttl: float | None,
+        durability: str | None,
+        extra: str,
+    ) -> Receipt:
+        merchant = self._merchant(merchant)
+        if order is not None:
+            check_text("order", order)
+        made_up = operation_id is None
+        name = uuid4().hex if operation_id is None else check_text("operation_id", operation_id)
+        signed = -1 if kind == Kind.ADJUST else 1
+        flat = self._flat(lines, merchant, signed)
+        level = self._default_durability() if durability is None else _check_level(durability)
+        engine = self._engine()
+        partition = engine.home(merchant)
+        if engine.loader.has_unknown:
+            engine.loader.check_known(flat[::2])
+        ttl_ms = 0
+        if kind == Kind.RESERVE:
+            check_ttl(ttl)
+            if ttl is not None:
+                ttl_ms = int(ttl * 1000)
+            elif made_up:
+                raise InvalidOperation("ttl", None, "a hold without an end needs an operation_id of your own")
+        key = f"{merchant}\x1f{name}"
+        operation = [kind, key, fingerprint(kind, "", flat), flat, order or "", "", ttl_ms, extra, "", ""]
+        orphaned = partial(self._give_back, engine, partition, kind, key, flat) if made_up else None
+        answer, batch = await engine.batcher(partition, context.lane.get()).submit(operation, orphaned)
+        code = answer[0]
+        if code == NOT_LOADED:
+            answer, batch = await engine.send_again(partition, operation, (answer, batch), orphaned)
+            code = answer[0]
+        if code <= DONE:
+            position = batch.position
+            if level != "redis":
+                try:
+                    await self._reach(engine, position, level, key, batch)
+                except asyncio.CancelledError:
+                    if orphaned is not None:
+                        orphaned((answer, batch))
+                    raise
+            remaining: Sequence[int] = answer[1] if code == DONE_LINES else answer[1:]
+            return receipt(name, kind, merchant, order, flat, remaining, position, level, False, signed)
+        if code == REPLAY:
+            record = read_result(answer[1])
+            position = Position(partition.number, record.epoch, record.sequence)
+            remaining = record.remaining
+            if not remaining:
+                first = await reading.status(engine, partition, key)
+                remaining = first[4] if first else [0] * (len(flat) // 2)
+            if level != "redis":
+                await self._reach(engine, position, level, key, None)
+            return receipt(name, kind, merchant, record.order or None, flat, remaining, position, level, True, signed)
+        raise error(answer, name, name)
+
+    def _give_back(self, engine: Engine, partition: Partition, kind: str, key: str, flat: list[Any], answer: Answer) -> None:
+        """A take with a made-up id whose caller went away: nobody can ask for it, so it is undone."""
+        (code, *_), batch = answer
+        if code <= DONE:
+            position = batch.position
+            engine.in_background(self._undo(kind, key, flat, position), f"undo of {split_key(key)[1]}")
+
+    async def _undo(self, kind: str, key: str, flat: list[Any], position: Position) -> bool:
+        engine = self._engine()
+        mark = f"{position.epoch}-{position.sequence}"
+        extra = json.dumps({"of": kind, "position": mark})
+        operation = ["undo", f"{key}\x1fundo", fingerprint(kind, "", flat), flat, "", key, 0, extra, mark, kind]
+        answer, _ = await engine.send(engine.partitions[position.partition], operation)
+        if answer[0] not in (DONE, DONE_LINES, TOO_LATE):
+            raise refused(answer)
+        return bool(answer[0] != TOO_LATE)
+
+    async def _close(
+        self,
+        kind: Kind,
+        reservation: str,
+        lines: Sequence[Line] | None,
+        operation_id: str | None,
+        merchant: str | None,
+        durability: str | None,
+        task: dict[str, Any] | None,
+        flag: str,
+    ) -> Receipt:
+        check_text("reservation", reservation)
+        level = self._default_durability() if durability is None else _check_level(durability)
+        home = self._merchant(merchant)
+        if flag == "r" and lines is not None:
+            raise InvalidOperation("lines", lines, "reacquire=True takes the whole reservation again")
+        if operation_id is not None:
+            name = check_text("operation_id", operation_id)
+        elif lines is None:
+            name = f"{reservation}\x1f{kind.value}"
+        else:
+            name = uuid4().hex
+        flat = self._flat(lines, home, +1) if lines is not None else []
+        hold = key_of(home, reservation)
+        key = key_of(home, name)
+        engine = self._engine()
+        partition = engine.home(home)
+        mark = fingerprint(kind, hold, flat)
+
+        def operation(flags: str) -> list[Any]:
+            # A batch keeps the list it was given: every try has its own.
+            return [kind.value, key, mark, list(flat), "", hold, 0, _extra(None, task), "", flags]
+
+        answer, batch = await engine.send(partition, operation(flag))
+        if answer[0] == NOT_FOUND:
+            known = await self._closed_in_ledger(key, mark, hold)
+            if known is not None:
+                return receipt(
+                    name, kind.value, home, known.order or None, known.lines, known.remaining, known.position, level, True
+                )
+            if kind != Kind.RELEASE or lines is not None:
+                raise ReservationNotFound(reservation, home)
+            answer, batch = await engine.send(partition, operation(flag + "t"))
+            if answer[0] == DONE_LINES and not answer[2]:
+                raise ReservationNotFound(reservation, home)
+        if answer[0] <= DONE:
+            position = batch.position
+            if level != "redis":
+                await self._reach(engine, position, level, key, batch)
+            moved, remaining = (answer[2], answer[1]) if answer[0] == DONE_LINES else (flat, answer[1:])
+            return receipt(name, kind.value, home, None, moved, remaining, position, level, False)
+        if answer[0] == REPLAY:
+            record = read_result(answer[1])
+            position = Position(partition.number, record.epoch, record.sequence)
+            if level != "redis":
+                await self._reach(engine, position, level, key, None)
+            first = record.lines or flat
+            return receipt(name, kind.value, home, record.order or None, first, record.remaining, position, level, True)
+        raise error(answer, name, reservation)
+
+    async def _closed_in_ledger(self, key: str, mark: str, hold: str) -> OperationRow | None:
+        """The act itself, if the ledger has it; else the error that the ledger's reservation asks for; None: it does not know."""
+        engine = self._engine()
+        row = await engine.ledger.operation(key)
+        if row is not None:
+            if row.fingerprint != mark:
+                raise OperationConflict(split_key(key)[1])
+            return row
+        found = await engine.ledger.reservation(hold)
+        if found is not None and found.state != "held":
+            raise closed(split_key(hold)[1], found.state)
+        return None
+
+    async def _change(self, kind: Kind, reservation: str, merchant: str, ttl: float | None) -> None:
+        check_text("reservation", reservation)
+        key = key_of(merchant, reservation)
+        ttl_ms = int(ttl * 1000) if ttl is not None else 0
+        engine = self._engine()
+        operation: list[Any] = [kind.value, f"{merchant}\x1f{uuid4().hex}", "", [], "", key, ttl_ms, "", "", ""]
+        answer, _ = await engine.send(engine.home(merchant), operation)
+        if answer[0] == NOT_FOUND:
+            found = await engine.ledger.reservation(key)
+            if found is not None and found.state != "held":
+                raise closed(reservation, found.state)
+            raise ReservationNotFound(reservation, merchant)
+        if answer[0] > DONE:
+            raise error(answer, reservation, reservation)
+
+    async def _enter(
+        self, kind: Kind, merchant: str, key: str, flat: list[Any], order: str, reference: str, extra: dict[str, Any]
+    ) -> Receipt:
+        engine = self._engine()
+        partition = engine.home(merchant)
+
+        async def settled(position: Position) -> None:
+            await self._reach(engine, position, "settled", "", None)
+
+        done = await entering.enter(engine, partition, kind, key, flat, order, reference, extra, settled)
+        name = split_key(key)[1]
+        return receipt(name, kind.value, merchant, order or None, flat, done.remaining, done.position, "database", done.replayed)
+
+
+def _sign(lines: Sequence[Line] | None) -> int:
+    if not lines:
+        raise InvalidOperation("lines", lines, "must have at least one line")
+    for line in lines:
+        if not isinstance(line, Line):
+            raise InvalidOperation("lines", line, "must be Line objects")
+    return 1 if lines[0].quantity > 0 else -1
+
+
+def _check_reason(reason: str) -> None:
+    if not isinstance(reason, str) or not 0 < len(reason) <= 500:
+        raise InvalidOperation("reason", reason, "must be a text of 1 to 500 characters")
+
+
+def _extra_of(reason: str | None, task: dict[str, Any] | None) -> dict[str, Any]:
+    extra: dict[str, Any] = {}
+    if reason is not None:
+        extra["reason"] = reason
+    if task is not None:
+        extra["task"] = task
+    return extra
+
+
+def _extra(reason: str | None, task: dict[str, Any] | None) -> str:
+    extra = _extra_of(reason, task)
+    return json.dumps(extra, separators=(",", ":")) if extra else ""
+
+
+def _check_level(durability: str) -> str:
+    if durability not in LEVELS:
+        raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)} in this release")
+    return durability

@@ -1,0 +1,341 @@
+"""Group commit: concurrent awaits in one event loop become one script call per partition and lane.
+
+While one call is in flight the next batch gathers; there is no timer, so an idle caller waits for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from itertools import count
+from typing import Any, Final
+
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+
+from inventory_sdk.errors import InventoryError, JournalFull, OutcomeUnknown, Overloaded, StockFrozen
+from inventory_sdk.metrics.events import BatchSent, Metrics, Retried
+from inventory_sdk.model import Position
+from inventory_sdk.stock.journal import decode
+from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.wire import NotExecuted, ReplyLost
+
+log = logging.getLogger("inventory_sdk.stock")
+
+MAX_OPERATIONS: Final = 512
+MAX_BATCH_LINES: Final = 1024
+HALVE_ABOVE: Final = 64
+"""A longer queue goes in two halves: Redis works on one while this process answers the callers of the other."""
+GIVE_UP: Final = 10.0
+"""Seconds that a batch is tried again on connection faults before its callers are told."""
+
+DONE_LINES: Final = -1
+"""Done, with lines that the call did not name: [-1, [remaining, …], [field, quantity, …]]."""
+DONE, REPLAY, CONFLICT, SHORT, NOT_LOADED, FROZEN, CLOSED, NOT_FOUND, JOURNAL_FULL, NOT_OPEN, PIN, TOO_LATE, NOT_DUE = range(13)
+"""Codes of the batch script's answers."""
+_REASONS: Final = {
+    CONFLICT: "conflict",
+    SHORT: "insufficient",
+    NOT_LOADED: "not_loaded",
+    FROZEN: "frozen",
+    CLOSED: "closed",
+    NOT_FOUND: "not_found",
+    JOURNAL_FULL: "journal_full",
+    NOT_OPEN: "more_than_open",
+    PIN: "pinned",
+    TOO_LATE: "ended",
+    NOT_DUE: "not_due",
+}
+
+_PROCESS: Final = secrets.token_hex(4)
+_NUMBERS: Final = count()
+
+Publish = Callable[[int, int, int, str], Awaitable[Any]]
+"""(partition, epoch, sequence, body) → an awaitable that ends when the queue has confirmed the entry."""
+
+
+def new_nonce() -> str:
+    """Unique per script call, over all processes."""
+    return f"{_PROCESS}{next(_NUMBERS):x}"
+
+
+class Answered:
+    """What the callers of one batch share: where its entry stands. ``confirmed`` is None where nothing was published."""
+
+    __slots__ = ("confirmed", "position")
+
+    def __init__(self, position: Position, confirmed: Awaitable[Any] | None) -> None:
+        self.position = position
+        self.confirmed = confirmed
+
+
+Answer = tuple[list[Any], Answered]
+"""One operation's answer from the script, and its batch."""
+
+
+class _Waiting:
+    __slots__ = ("future", "lines", "operation", "orphaned")
+
+    def __init__(self, operation: list[Any], future: asyncio.Future[Answer], orphaned: Callable[[Answer], None] | None) -> None:
+        self.operation = operation
+        self.future = future
+        self.orphaned = orphaned
+        self.lines = len(operation[3]) // 2
+
+
+class Batcher:
+    """One lane's batches on one partition, in one event loop."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        lane: str,
+        metrics: Metrics,
+        publish: Publish | None,
+        journal_cap: int,
+        on_refused: Callable[[int, str], None],
+    ) -> None:
+        self.partition = partition
+        self.lane = lane
+        self._metrics = metrics
+        self._publish = publish
+        self._journal_cap = str(journal_cap)
+        self._on_refused = on_refused
+        self._waiting: deque[_Waiting] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def submit(self, operation: list[Any], orphaned: Callable[[Answer], None] | None = None) -> asyncio.Future[Answer]:
+        """The script's answer to one operation, to be awaited by its one caller.
+
+        Cancelled before the batch was cut: the operation leaves it. Cancelled afterwards: it runs, and ``orphaned`` gets its answer.
+        """
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._waiting.append(_Waiting(operation, future, orphaned))
+        if self._task is None:
+            self._task = self._loop.create_task(self._run(), name=f"inventory batch {self.partition.number}/{self.lane}")
+        return future
+
+    async def close(self) -> None:
+        """Waits for what is under way: an operation that was sent gets its answer."""
+        while self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        batch: list[_Waiting] = []
+        try:
+            while self._waiting:
+                batch = self._cut()
+                if batch:
+                    await self._send(batch)
+        except BaseException as error:
+            # Whatever stops this task must reach every caller: nobody waits for ever.
+            left = [*batch, *self._waiting]
+            self._waiting.clear()
+            cause = error if isinstance(error, Exception) else None
+            for item in left:
+                if not item.future.done():
+                    unknown = OutcomeUnknown(_name(item.operation), f"its batch was stopped: {error!r}")
+                    unknown.__cause__ = cause
+                    item.future.set_exception(unknown)
+            if not isinstance(error, Exception):
+                raise
+            log.exception("batch %s/%s stopped", self.partition.number, self.lane)
+        finally:
+            self._task = None
+
+    def _cut(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        lines = 0
+        waiting = self._waiting
+        most = min(MAX_OPERATIONS, max(HALVE_ABOVE, (len(waiting) + 1) // 2))
+        while waiting and len(batch) < most:
+            item = waiting[0]
+            if item.future.done():  # its caller went away before it was sent
+                waiting.popleft()
+                continue
+            lines += item.lines
+            if batch and lines > MAX_BATCH_LINES:
+                break
+            waiting.popleft()
+            batch.append(item)
+        return batch
+
+    async def _send(self, batch: list[_Waiting]) -> None:
+        """Until the batch is answered, or every caller has an error."""
+        partition = self.partition
+        give_up = time.monotonic() + GIVE_UP
+        pause = 0.01
+        started = time.perf_counter()
+        answers: list[list[Any]] | None = None
+        while True:
+            doubtful = False
+            try:
+                await partition.known()
+                nonce = new_nonce()
+                not_after = partition.not_after()
+                sent_epoch, sent_sequence = partition.epoch, partition.sequence
+                sent_at = time.monotonic()
+                operations = json.dumps([item.operation for item in batch], separators=(",", ":"))
+                want_body = "1" if self._publish is not None else "0"
+                reply = await partition.wire.run(
+                    "batch",
+                    partition.keys,
+                    [partition.epoch, partition.run_id, str(not_after), nonce, self._journal_cap, want_body, operations],
+                )
+            except StockFrozen as error:
+                self._on_refused(partition.number, "frozen")
+                return self._fail(batch, error)
+            except NotExecuted as error:
+                self._metrics.record(Retried("redis", "not_executed"))
+                if time.monotonic() > give_up:
+                    return self._fail(batch, Overloaded(str(error), retry_after=1.0))
+                partition.forget()
+            except ReplyLost as error:
+                self._metrics.record(Retried("redis", "reply_lost"))
+                doubtful = True
+                reason = str(error)
+            except OutOfMemoryError as error:
+                return self._fail(batch, JournalFull(f"Redis is out of memory: {error}", retry_after=1.0))
+            except ResponseError as error:
+                return self._fail(batch, InventoryError(f"Redis refused the batch script, nothing moved: {error}"), error)
+            else:
+                status, now, epoch, sequence, results, body = reply
+                partition.heard(int(now), int(sequence) if status == b"ok" else None)
+                if status == b"ok":
+                    answers = json.loads(results)
+                    self._deliver(batch, answers, int(epoch), int(sequence), body, time.perf_counter() - started)
+                    return None
+                partition.forget()
+                if status in (b"missing", b"run_id"):
+                    self._on_refused(partition.number, status.decode())
+                    return self._fail(batch, partition.frozen("empty" if status == b"missing" else "on another server process"))
+                self._metrics.record(Retried("redis", status.decode()))
+                if time.monotonic() > give_up:
+                    return self._fail(batch, Overloaded(f"partition {partition.number} keeps changing", retry_after=1.0))
+            if doubtful:
+                # Only after not_after can nothing of it happen any more.
+                await asyncio.sleep(max(0.0, sent_at + partition.wire.timeout - time.monotonic()) + 0.005)
+                batch = await self._recover(batch, nonce, sent_epoch, sent_sequence, reason, give_up, started)
+                if not batch:
+                    return None
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.25)
+
+    async def _recover(
+        self, batch: list[_Waiting], nonce: str, epoch: str, after: int, reason: str, give_up: float, started: float
+    ) -> list[_Waiting]:
+        """After a lost reply: what the journal says was done is delivered from there; the rest is returned, to be sent again."""
+        partition = self.partition
+        while True:
+            try:
+                hello = await partition.hello()
+                if hello.epoch is None or str(hello.epoch) != epoch or not hello.run_id_kept or hello.sequence < after:
+                    # Redis is not the one it was: its journal can't tell any more.
+                    partition.forget()
+                    self._fail(batch, None, reason=f"{reason}; and the partition has changed since")
+                    return []
+                entry = await self._find(nonce, int(epoch), after, hello.sequence)
+                break
+            except (NotExecuted, ReplyLost) as error:
+                self._metrics.record(Retried("redis", "recover"))
+                if time.monotonic() > give_up:
+                    partition.forget()
+                    self._fail(batch, None, reason=f"{reason}; then {error}")
+                    return []
+                await asyncio.sleep(0.1)
+        if entry is None:
+            return batch
+        sequence, body = entry
+        done = {operation.key: operation for operation in decode(partition.number, int(epoch), sequence, body).operations}
+        found: list[_Waiting] = []
+        answers: list[list[Any]] = []
+        rest: list[_Waiting] = []
+        for item in batch:
+            operation = done.get(item.operation[1])
+            if operation is None:
+                rest.append(item)
+                continue
+            found.append(item)
+            # A second operation of the batch with the same key was a replay, and will find the first one's record.
+            del done[operation.key]
+            answers.append([DONE_LINES, operation.remaining, operation.lines])
+        self._deliver(found, answers, int(epoch), sequence, body, time.perf_counter() - started)
+        return rest
+
+    async def _find(self, nonce: str, epoch: int, after: int, upto: int) -> tuple[int, bytes] | None:
+        partition = self.partition
+        needle = f'"n":"{nonce}"'.encode()
+        while after < upto:
+            entries = await read_entries(partition, epoch, after, upto, 100)
+            if not entries:
+                return None
+            for sequence, body in entries:
+                if needle in body[:120]:
+                    return sequence, body
+            after = entries[-1][0]
+        return None
+
+    def _deliver(
+        self, batch: list[_Waiting], answers: list[list[Any]], epoch: int, sequence: int, body: bytes, seconds: float
+    ) -> None:
+        confirmed: Awaitable[Any] | None = None
+        accepted: dict[str, int] = {}
+        refused: dict[str, int] = {}
+        replayed = 0
+        for item, answer in zip(batch, answers, strict=True):
+            code = answer[0]
+            if code <= DONE:
+                kind = item.operation[0]
+                accepted[kind] = accepted.get(kind, 0) + 1
+            elif code == REPLAY:
+                replayed += 1
+            else:
+                reason = _REASONS[code]
+                refused[reason] = refused.get(reason, 0) + 1
+        if accepted and self._publish is not None:
+            confirmed = self._publish(self.partition.number, epoch, sequence, body.decode())
+        answered = Answered(Position(self.partition.number, epoch, sequence), confirmed)
+        for item, answer in zip(batch, answers, strict=True):
+            if not item.future.done():
+                item.future.set_result((answer, answered))
+            elif item.orphaned is not None:
+                item.orphaned((answer, answered))
+        self._metrics.record(BatchSent(self.partition.number, self.lane, len(batch), accepted, refused, replayed, seconds))
+
+    def _fail(self, batch: list[_Waiting], error: Exception | None, cause: Exception | None = None, reason: str = "") -> None:
+        for item in batch:
+            if item.future.done():
+                continue
+            if error is None:
+                item.future.set_exception(OutcomeUnknown(_name(item.operation), reason))
+            else:
+                item.future.set_exception(_copy(error, cause))
+
+
+def _name(operation: list[Any]) -> str:
+    return str(operation[1]).partition("\x1f")[2]
+
+
+def _copy(error: Exception, cause: Exception | None) -> Exception:
+    # One exception object raised in many tasks would grow one shared traceback.
+    copied = error.__class__.__new__(error.__class__)
+    copied.args = error.args
+    copied.__dict__.update(error.__dict__)
+    copied.__cause__ = cause
+    return copied
+
+
+async def read_entries(partition: Partition, epoch: int, after: int, upto: int | None, most: int) -> list[tuple[int, bytes]]:
+    """Journal entries of one epoch after a sequence, up to another (None: the end), at most ``most``: (sequence, body)."""
+    client: Any = partition.wire.client
+    last = f"{epoch}-{upto}" if upto is not None else f"{epoch}-18446744073709551615"
+    try:
+        rows = await client.xrange(partition.keys[9], f"{epoch}-{after + 1}", last, count=most)
+    except (RedisError, OSError) as error:
+        raise NotExecuted(f"the journal can't be read: {error}") from error
+    return [(int(bytes(name).partition(b"-")[2]), fields[b"b"]) for name, fields in rows]

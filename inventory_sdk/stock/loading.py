@@ -1,0 +1,116 @@
+"""Stock fields come into Redis from ledger rows, only if absent, while the row is held: coalesced, bounded, and forgetful of nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from inventory_sdk.errors import OutcomeUnknown, StockFrozen, UnknownStock
+from inventory_sdk.ledger.protocol import EpochClosed, Ledger
+from inventory_sdk.model import split_key
+from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.wire import ReplyLost
+
+AT_ONCE: Final = 8
+PER_LOAD: Final = 256
+UNKNOWN_FOR: Final = 1.0
+MOST_UNKNOWN: Final = 10_000
+
+Opener = Callable[[Partition, Sequence[str]], Awaitable[None]]
+"""Asks ``reads_stock`` for opening balances of these fields and enters them into the ledger."""
+
+
+class Loader:
+    """Loads of one event loop."""
+
+    def __init__(self, ledger: Ledger, opener: Opener | None) -> None:
+        self._ledger = ledger
+        self._opener = opener
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._unknown: dict[str, float] = {}
+        self._slots = asyncio.Semaphore(AT_ONCE)
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether ``check_known`` could find anything: almost never."""
+        return bool(self._unknown)
+
+    def check_known(self, fields: Sequence[str]) -> None:
+        """``UnknownStock`` for a field that was not in the ledger a moment ago."""
+        now = time.monotonic()
+        for field in fields:
+            if self._unknown.get(field, 0.0) > now:
+                raise UnknownStock(*split_key(field))
+
+    async def load(self, partition: Partition, fields: Sequence[str]) -> None:
+        """Bring these fields into Redis; ``UnknownStock`` names the first that the ledger does not have.
+
+        Callers that want the same field share one load; a cancelled caller does not end it for the others.
+        """
+        self.check_known(fields)
+        new = [field for field in fields if field not in self._under_way]
+        for start in range(0, len(new), PER_LOAD):
+            part = new[start : start + PER_LOAD]
+            task = asyncio.get_running_loop().create_task(self._load(partition, part), name="inventory load")
+            for field in part:
+                self._under_way[field] = task
+            task.add_done_callback(partial(self._forget, tuple(part)))
+        tasks = {self._under_way[field] for field in fields if field in self._under_way}
+        for task in tasks:
+            await asyncio.shield(task)
+        self.check_known(fields)
+
+    async def close(self) -> None:
+        """Waits for loads under way."""
+        tasks = set(self._under_way.values())
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _forget(self, part: Sequence[str], task: asyncio.Task[None]) -> None:
+        for field in part:
+            if self._under_way.get(field) is task:
+                del self._under_way[field]
+        if not task.cancelled():
+            task.exception()  # every waiter has it; with no waiter left nobody needs it
+
+    async def _load(self, partition: Partition, fields: list[str]) -> None:
+        async with self._slots:
+            missing = await self._copy(partition, fields)
+            if missing and self._opener is not None:
+                await self._opener(partition, missing)
+                missing = await self._copy(partition, missing)
+            now = time.monotonic()
+            if len(self._unknown) + len(missing) > MOST_UNKNOWN:
+                self._unknown = {field: until for field, until in self._unknown.items() if until > now}
+                if len(self._unknown) > MOST_UNKNOWN:
+                    self._unknown.clear()
+            for field in missing:
+                self._unknown[field] = now + UNKNOWN_FOR
+
+    async def _copy(self, partition: Partition, fields: list[str]) -> list[str]:
+        """Ledger rows → Redis, the rows held until the script has answered (or can't run any more); the fields without a row."""
+        await partition.known()
+        epoch = partition.epoch
+        try:
+            async with self._ledger.balances(partition.number, int(epoch), fields) as rows:
+                flat: list[Any] = []
+                for field, row in rows.items():
+                    flat += (field, row.available, row.reserved)
+                if flat:
+                    not_after = partition.not_after()
+                    sent = time.monotonic()
+                    try:
+                        loaded = await partition.wire.run("load", partition.keys[:3], [epoch, str(not_after), json.dumps(flat)])
+                    except ReplyLost as error:
+                        await asyncio.sleep(max(0.0, sent + partition.wire.timeout - time.monotonic()) + 0.005)
+                        raise OutcomeUnknown("load", str(error)) from error
+                    if not loaded:
+                        partition.forget()
+                return [field for field in fields if field not in rows]
+        except EpochClosed as error:
+            partition.forget()
+            raise StockFrozen(str(error), retry_after=0.5) from error

@@ -1,0 +1,644 @@
+-- One batch of operations on one partition: all checked, journaled as one entry, then moved.
+--
+-- KEYS  1 meta  2 available  3 reserved  4 frozen  5 results:0  6 results:1  7 reservations  8 expiry  9 givers  10 journal
+-- ARGV  1 epoch  2 run_id as known ("" on a server that can't tell)  3 not_after (ms)  4 nonce  5 journal cap (entries, 0: none)
+--       6 "1": answer the journal entry's body
+--       7 JSON [[kind, key, fingerprint, lines, order, reference, ttl ms, extra, mark, flag], ...]; lines is flat: field, quantity, ...
+--         undo and keep: reference = key of the take, mark = its position; undo: flag = kind of the take
+--         void: lines in threes: field, available delta, reserved delta; flag "f" freezes the SKUs, reference = reservation to close
+--         credit: reference = key of the operation that entered through the ledger
+--         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider
+--
+-- Reply {status, now ms, epoch, sequence, results JSON, body}
+--   status "ok", or nothing was executed: "missing" no meta, "state" not open, "epoch", "run_id", "late" after not_after
+--   results, one per operation:
+--     [0, remaining ...]  done now    [-1, [remaining ...], [field, quantity ...]]  done now, lines that the call did not name
+--     [1, record]  seen before: the record of the first    [2]  other content
+--     [3, field, asked, available, ...]  short    [4, field, ...]  not loaded    [5, field, ...]  frozen    [6, state]  closed
+--     [7]  no such reservation    [8]  journal full    [9, field, asked, open, ...]  more than is open    [10]  pinned
+--     [11]  can't be undone or kept any more    [12, expires_at]  not due
+--
+-- A result record is: fingerprint RS position RS flags RS remaining,... RS order RS lines (field RS quantity ...; only where the call gave none)
+-- A reservation record is: state RS position RS fingerprint RS expires_at RS order {RS field RS original[/confirmed/released/expired]}
+-- RS is \30. Closed reservations live in the results windows under key .. "\31". States: h held, p pinned, c confirmed, r released, x expired.
+--
+-- Phases: bulk reads, decisions in plain Lua, bulk writes. XADD is the first write: if it fails, nothing has moved.
+
+local RS, SLICE = '\30', 4000
+local call, find, sub, fmt = redis.call, string.find, string.sub, string.format
+local concat = table.concat
+local HELD, PINNED, CONFIRMED, RELEASED, EXPIRED = 'h', 'p', 'c', 'r', 'x'
+
+local t = call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local function int(n) return fmt('%.0f', n) end
+
+-- The partition: open, at this epoch, on the server we know, and not too late.
+local meta = call('HMGET', KEYS[1], 'epoch', 'seq', 'state', 'run_id', 'window')
+local epoch, seq = meta[1], meta[2]
+local function refuse(status) return {status, int(now), epoch or '0', seq or '0', '', ''} end
+if not epoch then return refuse('missing') end
+if epoch ~= ARGV[1] then return refuse('epoch') end
+if meta[3] ~= 'open' then return refuse('state') end
+local info = redis.pcall('INFO', 'server')
+local run_id = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or ''
+if run_id ~= meta[4] or run_id ~= ARGV[2] then return refuse('run_id') end
+if now > tonumber(ARGV[3]) then return refuse('late') end
+local current, previous = KEYS[5], KEYS[6]
+if meta[5] == '1' then current, previous = previous, current end
+local position = epoch .. '-' .. int(tonumber(seq) + 1)
+local cap = tonumber(ARGV[5])
+local full = cap > 0 and call('XLEN', KEYS[10]) >= cap
+local any_frozen = call('HLEN', KEYS[4]) > 0
+
+local ops = cjson.decode(ARGV[7])
+local IS_TAKE = {reserve = true, deduct = true, adjust = true}
+local REMEMBERED = {reserve = true, deduct = true, adjust = true, confirm = true, release = true, credit = true, void = true, correct = true}
+local HOLDS = {confirm = true, release = true, extend = true, expire = true, pin = true, resume = true, void = true, undo = true, keep = true, credit = true}
+
+-- Bulk reads ------------------------------------------------------------------------------------------------------------
+local function hmget(key, names, into)
+  for from = 1, #names, SLICE do
+    local upto = math.min(from + SLICE - 1, #names)
+    local values = call('HMGET', key, unpack(names, from, upto))
+    for i = 1, upto - from + 1 do
+      if values[i] then into[names[from + i - 1]] = values[i] end
+    end
+  end
+end
+
+local function split(text)
+  local out, n, from = {}, 0, 1
+  while true do
+    local at = find(text, RS, from, true)
+    n = n + 1
+    if not at then out[n] = sub(text, from) return out end
+    out[n] = sub(text, from, at - 1)
+    from = at + 1
+  end
+end
+
+local result_names, hold_names, fields, both = {}, {}, {}, {}
+for i = 1, #ops do
+  local op = ops[i]
+  local kind, key, lines, reference = op[1], op[2], op[4], op[6]
+  if REMEMBERED[kind] then result_names[#result_names + 1] = key end
+  if kind == 'reserve' then
+    result_names[#result_names + 1] = key .. '\31'
+    hold_names[#hold_names + 1] = key
+  elseif HOLDS[kind] and reference ~= '' then
+    hold_names[#hold_names + 1] = reference
+    if kind == 'undo' or kind == 'keep' or kind == 'void' or kind == 'credit' then result_names[#result_names + 1] = reference end
+  end
+  if kind == 'deduct' or kind == 'adjust' then
+    for j = 1, #lines, 2 do fields[#fields + 1] = lines[j] end
+  else
+    local step = kind == 'void' and 3 or 2
+    for j = 1, #lines, step do both[#both + 1] = lines[j] end
+  end
+end
+
+local results, holds, raw_available, raw_reserved, frozen = {}, {}, {}, {}, {}
+if #result_names > 0 then
+  hmget(previous, result_names, results)
+  hmget(current, result_names, results)
+end
+if #hold_names > 0 then
+  hmget(KEYS[7], hold_names, holds)
+  call('ZCARD', KEYS[8])
+end
+for key, text in pairs(holds) do
+  local record = split(text)
+  holds[key] = record
+  for j = 6, #record, 2 do both[#both + 1] = record[j] end
+end
+for i = 1, #both do fields[#fields + 1] = both[i] end
+if #fields > 0 then
+  hmget(KEYS[2], fields, raw_available)
+  if any_frozen then hmget(KEYS[4], fields, frozen) end
+end
+if #both > 0 then hmget(KEYS[3], both, raw_reserved) end
+local available, reserved = {}, {}
+for field, value in pairs(raw_available) do available[field] = tonumber(value) end
+for field, value in pairs(raw_reserved) do reserved[field] = tonumber(value) end
+
+-- What the decisions will write ---------------------------------------------------------------------------------------------
+local new_available, new_reserved, new_results, new_holds, new_expiry, new_frozen = {}, {}, {}, {}, {}, {}
+local journal, answers = {}, {}
+
+local function closed_record(key)
+  local name = key .. '\31'
+  local text = results[name]
+  if text == nil and new_results[name] == nil then
+    text = call('HGET', current, name) or call('HGET', previous, name)
+  end
+  return text and split(text) or nil
+end
+
+local function move(field, da, dr)
+  if da ~= 0 then
+    available[field] = available[field] + da
+    new_available[field] = available[field]
+  end
+  if dr ~= 0 then
+    -- Closed records may name fields that the bulk read did not fetch.
+    if reserved[field] == nil then reserved[field] = tonumber(call('HGET', KEYS[3], field) or '0') end
+    reserved[field] = reserved[field] + dr
+    new_reserved[field] = reserved[field]
+  end
+end
+
+local function fetch(field)
+  if available[field] == nil then
+    local value = call('HGET', KEYS[2], field)
+    if value then available[field] = tonumber(value) end
+  end
+  return available[field]
+end
+
+local function remember(key, fingerprint, remaining, order, lines)
+  local text = fingerprint .. RS .. position .. RS .. RS .. concat(remaining, ',')  -- numbers below 1e14 print exactly
+  if lines then
+    text = text .. RS .. order .. RS .. concat(lines, RS)
+  elseif order ~= '' then
+    text = text .. RS .. order
+  end
+  results[key] = text
+  new_results[key] = text
+end
+
+local function forget(key)
+  results[key] = nil
+  new_results[key] = false
+end
+
+local function amounts(text)
+  local original, confirmed, released, expired = string.match(text, '^(%d+)/(%d+)/(%d+)/(%d+)$')
+  if not original then return tonumber(text), 0, 0, 0 end
+  return tonumber(original), tonumber(confirmed), tonumber(released), tonumber(expired)
+end
+
+local function open_of(text)
+  local original, confirmed, released, expired = amounts(text)
+  return original - confirmed - released - expired
+end
+
+local function set_amounts(record, j, original, confirmed, released, expired)
+  if confirmed == 0 and released == 0 and expired == 0 then
+    record[j] = int(original)
+  else
+    record[j] = int(original) .. '/' .. int(confirmed) .. '/' .. int(released) .. '/' .. int(expired)
+  end
+end
+
+local function keep_hold(key, record)
+  holds[key] = record
+  new_holds[key] = record
+end
+
+local function drop_hold(key)
+  holds[key] = nil
+  new_holds[key] = false
+  new_expiry[key] = false
+end
+
+local function close_hold(key, record, state)
+  drop_hold(key)
+  record[1] = state
+  local text = concat(record, RS)
+  results[key .. '\31'] = text
+  new_results[key .. '\31'] = text
+end
+
+local function journaled(i, op, lines, remaining, expires_at, kind)
+  journal[#journal + 1] = {kind or op[1], op[2], op[3], lines, remaining, op[5], op[6], expires_at, op[8]}
+  if lines == op[4] then
+    answers[i] = '[0,' .. concat(remaining, ',') .. ']'
+  else
+    answers[i] = '[-1,' .. cjson.encode(remaining) .. ',' .. cjson.encode(lines) .. ']'
+  end
+end
+
+-- Lines of a take: loaded, not frozen, covered; answers the refusal, or nil.
+local function uncovered(lines)
+  local unknown, blocked, short
+  for j = 1, #lines, 2 do
+    local field, asked = lines[j], lines[j + 1]
+    local there = available[field]
+    if there == nil then
+      unknown = unknown or {4}
+      unknown[#unknown + 1] = field
+    elseif any_frozen and frozen[field] then
+      blocked = blocked or {5}
+      blocked[#blocked + 1] = field
+    elseif there < asked then
+      short = short or {3}
+      short[#short + 1] = field
+      short[#short + 1] = asked
+      short[#short + 1] = there
+    end
+  end
+  return unknown or blocked or short
+end
+
+local function take(lines, held)
+  local remaining = {}
+  for j = 1, #lines, 2 do
+    local field, asked = lines[j], lines[j + 1]
+    move(field, -asked, held and asked or 0)
+    remaining[#remaining + 1] = available[field]
+  end
+  return remaining
+end
+
+-- Decisions, one function per kind ------------------------------------------------------------------------------------------
+local decide = {}
+
+local function seen(op)
+  local record = results[op[2]]
+  if not record then return nil end
+  if find(record, op[3] .. RS, 1, true) ~= 1 then return {2} end
+  return {1, record}
+end
+
+function decide.deduct(i, op)
+  local answer = seen(op)
+  if answer then return answer end
+  if full then return {8} end
+  local lines = op[4]
+  if #lines == 2 and not any_frozen then  -- one line, most calls: the same as below without its loops
+    local field, left = lines[1], available[lines[1]]
+    if left and left >= lines[2] then
+      left = left - lines[2]
+      available[field], new_available[field] = left, left
+      local key, text = op[2], op[3] .. RS .. position .. RS .. RS .. left
+      if op[5] ~= '' then text = text .. RS .. op[5] end
+      results[key], new_results[key] = text, text
+      journal[#journal + 1] = {op[1], key, op[3], lines, {left}, op[5], op[6], 0, op[8]}
+      answers[i] = '[0,' .. left .. ']'
+      return nil
+    end
+  end
+  answer = uncovered(lines)
+  if answer then return answer end
+  local remaining = take(lines, false)
+  remember(op[2], op[3], remaining, op[5])
+  journaled(i, op, lines, remaining, 0)
+end
+decide.adjust = decide.deduct
+
+function decide.reserve(i, op)
+  local key = op[2]
+  local hold = holds[key]
+  local answer = seen(op)
+  if answer and answer[1] == 2 then return answer end
+  if hold then
+    if hold[3] ~= op[3] then return {2} end
+    -- After the results window a hold answers for itself; what remained then is not known any more.
+    return answer or {1, hold[3] .. RS .. hold[2] .. RS .. RS .. RS .. hold[5]}
+  end
+  local closed = results[key .. '\31']
+  if closed then
+    local state = sub(closed, 1, 1)
+    if state == CONFIRMED and answer then return answer end
+    return {6, state}
+  end
+  if answer then return answer end
+  if full then return {8} end
+  local lines = op[4]
+  answer = uncovered(lines)
+  if answer then return answer end
+  local expires_at = op[7] > 0 and now + op[7] or 0
+  local remaining = take(lines, true)
+  local record = {HELD, position, op[3], int(expires_at), op[5]}
+  for j = 1, #lines, 2 do
+    record[#record + 1] = lines[j]
+    record[#record + 1] = int(lines[j + 1])
+  end
+  keep_hold(key, record)
+  if expires_at > 0 then new_expiry[key] = expires_at end
+  remember(key, op[3], remaining, op[5])
+  journaled(i, op, lines, remaining, expires_at)
+end
+
+-- The lines that a confirm or release closes: all that is open, or the part asked for.
+local function closing(hold, asked)
+  local lines = {}
+  if #asked == 0 then
+    for j = 6, #hold, 2 do
+      local open = open_of(hold[j + 1])
+      if open > 0 then
+        lines[#lines + 1] = hold[j]
+        lines[#lines + 1] = open
+      end
+    end
+    return lines
+  end
+  local at, over = {}, nil
+  for j = 6, #hold, 2 do at[hold[j]] = open_of(hold[j + 1]) end
+  for j = 1, #asked, 2 do
+    local open = at[asked[j]] or 0
+    if asked[j + 1] > open then
+      over = over or {9}
+      over[#over + 1] = asked[j]
+      over[#over + 1] = asked[j + 1]
+      over[#over + 1] = open
+    end
+  end
+  return asked, over
+end
+
+-- Moves `lines` of the hold from open to confirmed, released or expired, and closes it when nothing is open any more.
+local function close_lines(key, hold, lines, state)
+  local by = {}
+  for j = 1, #lines, 2 do by[lines[j]] = lines[j + 1] end
+  local left = 0
+  for j = 6, #hold, 2 do
+    local original, confirmed, released, expired = amounts(hold[j + 1])
+    local q = by[hold[j]]
+    if q then
+      if state == CONFIRMED then confirmed = confirmed + q
+      elseif state == RELEASED then released = released + q
+      else expired = expired + q end
+      set_amounts(hold, j + 1, original, confirmed, released, expired)
+    end
+    left = left + original - confirmed - released - expired
+  end
+  local remaining = {}
+  for j = 1, #lines, 2 do
+    local field, q = lines[j], lines[j + 1]
+    move(field, state == CONFIRMED and 0 or q, -q)
+    remaining[#remaining + 1] = available[field]
+  end
+  if left == 0 then close_hold(key, hold, state) else keep_hold(key, hold) end
+  return remaining
+end
+
+-- Fields of a hold that are not loaded (only after a rebuild that loads lazily).
+local function not_loaded(lines)
+  local unknown
+  for j = 1, #lines, 2 do
+    if available[lines[j]] == nil then
+      unknown = unknown or {4}
+      unknown[#unknown + 1] = lines[j]
+    end
+  end
+  return unknown
+end
+
+local function reacquire(i, op, closed)
+  local lines = {}
+  for j = 6, #closed, 2 do
+    local _, _, _, expired = amounts(closed[j + 1])
+    if expired > 0 then
+      lines[#lines + 1] = closed[j]
+      lines[#lines + 1] = expired
+      fetch(closed[j])
+      if any_frozen then frozen[closed[j]] = call('HGET', KEYS[4], closed[j]) or nil end
+    end
+  end
+  if full then return {8} end
+  local answer = uncovered(lines)
+  if answer then return answer end
+  local remaining = take(lines, false)
+  for j = 6, #closed, 2 do
+    local original, confirmed, released, expired = amounts(closed[j + 1])
+    set_amounts(closed, j + 1, original, confirmed + expired, released, 0)
+  end
+  close_hold(op[6], closed, CONFIRMED)
+  remember(op[2], op[3], remaining, op[5], lines)
+  journaled(i, op, lines, remaining, 0, 'reacquire')
+end
+
+local function close(i, op, state)
+  local answer = seen(op)
+  if answer then return answer end
+  local key, flag = op[6], op[10]
+  local hold = holds[key]
+  if not hold then
+    local closed = closed_record(key)
+    if closed then
+      if state == CONFIRMED and closed[1] == EXPIRED and find(flag, 'r', 1, true) then return reacquire(i, op, closed) end
+      return {6, closed[1]}
+    end
+    if not find(flag, 't', 1, true) then return {7} end
+    local text = RELEASED .. RS .. position .. RS .. RS .. '0' .. RS
+    results[key .. '\31'] = text
+    new_results[key .. '\31'] = text
+    journaled(i, op, {}, {}, 0, 'tombstone')
+    return nil
+  end
+  if hold[1] == PINNED and not find(flag, 'd', 1, true) then return {10} end
+  if op[5] == '' then op[5] = hold[5] end
+  local lines, over = closing(hold, op[4])
+  if over then return over end
+  answer = not_loaded(lines)
+  if answer then return answer end
+  local remaining = close_lines(key, hold, lines, state)
+  remember(op[2], op[3], remaining, op[5], #op[4] == 0 and lines or nil)
+  journaled(i, op, lines, remaining, 0)
+end
+
+function decide.confirm(i, op) return close(i, op, CONFIRMED) end
+function decide.release(i, op) return close(i, op, RELEASED) end
+
+function decide.expire(i, op)
+  local key = op[6]
+  local hold = holds[key]
+  if not hold then
+    new_expiry[key] = false
+    return {7}
+  end
+  local score = tonumber(call('ZSCORE', KEYS[8], key) or '0')
+  if new_expiry[key] then score = new_expiry[key] end
+  if score == 0 or now < score then return {12, score} end
+  if hold[1] == PINNED then return {10} end
+  local lines = closing(hold, {})
+  local answer = not_loaded(lines)
+  if answer then return answer end
+  op[3], op[5] = hold[3], hold[5]
+  local remaining = close_lines(key, hold, lines, EXPIRED)
+  journaled(i, op, lines, remaining, 0)
+end
+
+-- Changes of a hold that move nothing: its time, its pin.
+local function change(i, op, state)
+  local key = op[6]
+  local hold = holds[key]
+  if not hold then
+    local closed = closed_record(key)
+    if closed then return {6, closed[1]} end
+    return {7}
+  end
+  if hold[1] == PINNED and state == HELD and op[1] == 'extend' then return {10} end
+  local due = op[7] > 0 and now + op[7] or 0
+  hold[1] = state
+  hold[4] = int(due)
+  keep_hold(key, hold)
+  new_expiry[key] = due > 0 and due or false
+  journaled(i, op, {}, {}, due)
+end
+
+function decide.extend(i, op) return change(i, op, HELD) end
+function decide.resume(i, op) return change(i, op, HELD) end
+function decide.pin(i, op) return change(i, op, PINNED) end
+
+function decide.undo(i, op)
+  local key, mark = op[6], op[9]
+  local record = results[key] and split(results[key]) or nil
+  local hold = holds[key]
+  if record and (record[1] ~= op[3] or record[2] ~= mark or record[3] == 'k') then return {11} end
+  if op[10] == 'reserve' then
+    if not hold or hold[2] ~= mark or hold[3] ~= op[3] then return {11} end
+    for j = 6, #hold, 2 do
+      local original = amounts(hold[j + 1])
+      if open_of(hold[j + 1]) ~= original then return {11} end
+    end
+  elseif not record then
+    return {11}
+  end
+  local lines, remaining = op[4], {}
+  local answer = not_loaded(lines)
+  if answer then return answer end
+  for j = 1, #lines, 2 do
+    move(lines[j], lines[j + 1], op[10] == 'reserve' and -lines[j + 1] or 0)
+    remaining[#remaining + 1] = available[lines[j]]
+  end
+  if hold and op[10] == 'reserve' then drop_hold(key) end
+  forget(key)
+  journaled(i, op, lines, remaining, 0)
+end
+
+function decide.keep(i, op)
+  local key, mark = op[6], op[9]
+  local record = results[key] and split(results[key]) or nil
+  if not record or record[2] ~= mark then return {11} end
+  if record[3] == 'k' then return {1, results[key]} end
+  record[3] = 'k'
+  local text = concat(record, RS)
+  results[key] = text
+  new_results[key] = text
+  journaled(i, op, {}, {}, 0)
+end
+
+function decide.credit(i, op)
+  local answer = seen(op)
+  if answer then return answer end
+  local lines, remaining = op[4], {}
+  answer = not_loaded(lines)
+  if answer then return answer end
+  for j = 1, #lines, 2 do
+    move(lines[j], lines[j + 1], 0)
+    remaining[#remaining + 1] = available[lines[j]]
+  end
+  remember(op[2], op[3], remaining, op[5])
+  -- The id of what entered through the ledger is taken here too, so that a take can't use it again.
+  if op[6] ~= '' and not results[op[6]] then remember(op[6], 'entered', remaining, op[5]) end
+  journaled(i, op, lines, remaining, 0)
+end
+decide.correct = decide.credit
+
+function decide.void(i, op)
+  local answer = seen(op)
+  if answer then return answer end
+  local lines, key, flag, names = op[4], op[6], op[10], {}
+  for j = 1, #lines, 3 do
+    names[#names + 1] = lines[j]
+    names[#names + 1] = 0
+  end
+  answer = not_loaded(names)
+  if answer then return answer end
+  local remaining = {}
+  for j = 1, #lines, 3 do
+    move(lines[j], lines[j + 1], lines[j + 2])
+    remaining[#remaining + 1] = available[lines[j]]
+    if find(flag, 'f', 1, true) then new_frozen[lines[j]] = true end
+  end
+  if key ~= '' then
+    local hold = holds[key]
+    if hold and hold[2] == op[9] then drop_hold(key) end
+    -- A refused take frees its id; a duplicate's first effect stands, so its answer stands.
+    local record = find(flag, 'f', 1, true) and results[key] and split(results[key])
+    if record and record[2] == op[9] then forget(key) end
+  end
+  remember(op[2], op[3], remaining, op[5])
+  journaled(i, op, lines, remaining, 0)
+end
+
+for i = 1, #ops do
+  local op = ops[i]
+  local answer = decide[op[1]](i, op)
+  if answer then answers[i] = cjson.encode(answer) end
+end
+
+-- Bulk writes -----------------------------------------------------------------------------------------------------------------
+local function bulk(command, key, pairs_list)
+  for from = 1, #pairs_list, SLICE do
+    call(command, key, unpack(pairs_list, from, math.min(from + SLICE - 1, #pairs_list)))
+  end
+end
+
+local body = ''
+if #journal > 0 then
+  body = '{"v":1,"n":"' .. ARGV[4] .. '","t":' .. int(now) .. ',"ops":' .. cjson.encode(journal) .. '}'
+  call('XADD', KEYS[10], position, 'b', body)
+  seq = int(tonumber(seq) + 1)
+  call('HSET', KEYS[1], 'seq', seq)
+
+  local function counters(key, values)
+    local list, n = {}, 0
+    for field, value in pairs(values) do
+      list[n + 1], list[n + 2], n = field, int(value), n + 2
+    end
+    if n > 0 then bulk('HSET', key, list) end
+  end
+  counters(KEYS[2], new_available)
+  counters(KEYS[3], new_reserved)
+
+  local set, gone = {}, {}
+  for key, text in pairs(new_results) do
+    if text then
+      set[#set + 1] = key
+      set[#set + 1] = text
+    else
+      gone[#gone + 1] = key
+    end
+  end
+  bulk('HSET', current, set)
+  bulk('HDEL', current, gone)
+  bulk('HDEL', previous, gone)
+
+  set, gone = {}, {}
+  for key, record in pairs(new_holds) do
+    if record then
+      set[#set + 1] = key
+      set[#set + 1] = concat(record, RS)
+    else
+      gone[#gone + 1] = key
+    end
+  end
+  bulk('HSET', KEYS[7], set)
+  bulk('HDEL', KEYS[7], gone)
+
+  set = {}
+  for field in pairs(new_frozen) do
+    set[#set + 1] = field
+    set[#set + 1] = position
+  end
+  bulk('HSET', KEYS[4], set)
+end
+
+local scored, gone = {}, {}
+for key, score in pairs(new_expiry) do
+  if score then
+    scored[#scored + 1] = int(score)
+    scored[#scored + 1] = key
+  else
+    gone[#gone + 1] = key
+  end
+end
+bulk('ZADD', KEYS[8], scored)
+bulk('ZREM', KEYS[8], gone)
+
+if ARGV[6] ~= '1' then body = '' end
+return {'ok', int(now), epoch, seq, '[' .. concat(answers, ',') .. ']', body}

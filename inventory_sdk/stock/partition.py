@@ -1,0 +1,108 @@
+"""What a process knows of one partition: its keys, its epoch, the server it is on, and what time it is there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from inventory_sdk.errors import StockFrozen
+from inventory_sdk.stock.wire import NotExecuted, ReplyLost, Wire
+
+KEY_NAMES: Final = (
+    "meta",
+    "available",
+    "reserved",
+    "frozen",
+    "results:0",
+    "results:1",
+    "reservations",
+    "expiry",
+    "givers",
+    "journal",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What Redis says of a partition. ``epoch`` is None where there is no meta: a first start, or an emptied Redis.
+    ``oldest``: the sequence of this epoch's first entry that is still kept."""
+
+    now_ms: int
+    epoch: int | None
+    sequence: int
+    state: str
+    run_id_kept: bool
+    oldest: int | None
+    entries: int
+
+
+class Partition:
+    """The view of one partition from one event loop."""
+
+    def __init__(self, number: int, namespace: str, wire: Wire) -> None:
+        self.number = number
+        self.wire = wire
+        self.tag = f"{{{namespace}:{number}}}"
+        self.keys: tuple[str, ...] = tuple(f"{self.tag}:{name}" for name in KEY_NAMES)
+        self.epoch = ""
+        self.run_id = ""
+        self.sequence = 0
+        self._redis_ms = 0
+        self._heard = 0.0
+
+    def key(self, name: str) -> str:
+        """The Redis key of one of ``KEY_NAMES``, or of a plain key beside them."""
+        return f"{self.tag}:{name}"
+
+    def heard(self, redis_ms: int, sequence: int | None = None) -> None:
+        """Note the time (and sequence) of an answer that just came."""
+        self._redis_ms = redis_ms
+        self._heard = time.monotonic()
+        if sequence is not None and sequence > self.sequence:
+            self.sequence = sequence
+
+    def not_after(self) -> int:
+        """Redis milliseconds after which a script sent now must not run any more: no later than now there, plus the socket timeout."""
+        return int(self._redis_ms + (time.monotonic() - self._heard + self.wire.timeout) * 1000)
+
+    async def hello(self) -> Hello:
+        """Ask Redis, and remember epoch, server and time."""
+        answer = await self.wire.run("hello", [self.keys[0], self.keys[9]], [])
+        now, epoch, sequence, state, opened_on, run_id, oldest, entries = answer
+        self.heard(int(now))
+        self.sequence = int(sequence)
+        self.epoch = epoch.decode()
+        self.run_id = run_id.decode()
+        first = None
+        if oldest:
+            first = int(oldest.partition(b"-")[2])
+        return Hello(
+            now_ms=int(now),
+            epoch=int(epoch) if epoch else None,
+            sequence=int(sequence),
+            state=state.decode(),
+            run_id_kept=opened_on == run_id,
+            oldest=first,
+            entries=int(entries),
+        )
+
+    async def known(self) -> None:
+        """Make sure that epoch and time are known; ``StockFrozen`` while the partition is not open."""
+        if self.epoch:
+            return
+        try:
+            hello = await self.hello()
+        except ReplyLost as error:
+            raise NotExecuted(str(error)) from error
+        if hello.epoch is None or hello.state != "open" or not hello.run_id_kept:
+            self.epoch = ""
+            raise self.frozen(hello.state or "empty")
+
+    def forget(self) -> None:
+        """Epoch or server have changed: ask again before the next batch."""
+        self.epoch = ""
+
+    def frozen(self, state: str) -> StockFrozen:
+        """The error callers get while the partition is away."""
+        return StockFrozen(f"partition {self.number} is {state} and being recovered", retry_after=0.5)

@@ -1,0 +1,134 @@
+"""Questions to Redis, and to the ledger where Redis has forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from inventory_sdk.errors import InventoryError, QuantityMismatch, UnknownStock
+from inventory_sdk.ledger.protocol import ReservationRow
+from inventory_sdk.model import Position, Reservation, StockLevel, key_of, split_key
+from inventory_sdk.stock.engine import Engine
+from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.records import read_reservation, read_result, write_reservation
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One consistent reading; lists run along what was asked, None where there is nothing."""
+
+    epoch: int
+    sequence: int
+    available: list[int | None]
+    reserved: list[int | None]
+    frozen: list[bool]
+    results: list[str | None]
+    reservations: list[str | None]
+
+
+async def read(
+    engine: Engine,
+    partition: Partition,
+    fields: Sequence[str] = (),
+    operations: Sequence[str] = (),
+    reservations: Sequence[str] = (),
+) -> Reading:
+    """Ask Redis in one script; ``StockFrozen`` while the partition is not open."""
+    keys = [partition.key(name) for name in ("meta", "available", "reserved", "frozen", "results:0", "results:1", "reservations")]
+    asked = json.dumps([list(fields), list(operations), list(reservations)])
+    epoch, sequence, state, answer = await partition.wire.run("read", keys, [asked])
+    if not epoch or state != b"open":
+        raise partition.frozen(state.decode() or "empty")
+    available, reserved, frozen, results, holds = json.loads(answer)
+
+    def numbers(values: Any) -> list[int | None]:
+        return [int(value) if value else None for value in values or []]
+
+    def texts(values: Any) -> list[str | None]:
+        return [value or None for value in values or []]
+
+    return Reading(
+        int(epoch),
+        int(sequence),
+        numbers(available),
+        numbers(reserved),
+        [bool(value) for value in frozen or []],
+        texts(results),
+        texts(holds),
+    )
+
+
+async def levels(engine: Engine, partition: Partition, merchant: str, skus: Sequence[str]) -> dict[str, StockLevel]:
+    """Levels of several SKUs, loaded first where Redis does not have them."""
+    if not skus:
+        return {}
+    fields = [key_of(merchant, sku) for sku in skus]
+    for _ in range(5):
+        found = await read(engine, partition, fields)
+        absent = [field for field, value in zip(fields, found.available, strict=True) if value is None]
+        if not absent:
+            return {
+                sku: StockLevel(available or 0, reserved or 0, found.epoch, found.sequence)
+                for sku, available, reserved in zip(skus, found.available, found.reserved, strict=True)
+            }
+        await engine.loader.load(partition, absent)
+    raise UnknownStock(merchant, split_key(absent[0])[1])
+
+
+async def reservation(engine: Engine, partition: Partition, key: str) -> Reservation | None:
+    """A hold as Redis has it; a closed one that Redis has forgotten, as the ledger has it."""
+    record = (await read(engine, partition, reservations=[key])).reservations[0]
+    if record is not None:
+        return read_reservation(key, record)
+    row: ReservationRow | None = await engine.ledger.reservation(key)
+    return read_reservation(key, write_reservation(row)) if row is not None else None
+
+
+async def status(
+    engine: Engine, partition: Partition, key: str
+) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int]] | None:
+    """(kind, position, order, flat lines, remaining) of an operation, wherever it is still known."""
+    record = (await read(engine, partition, operations=[key])).results[0]
+    if record is not None:
+        result = read_result(record)
+        found = await engine.journaled(partition, key, result.epoch, result.sequence)
+        if found is not None and found[0].kind != "credit":
+            operation = found[0]
+            position = Position(partition.number, result.epoch, result.sequence)
+            return operation.kind, position, operation.order or None, operation.lines, operation.remaining
+    row = await engine.ledger.operation(key)
+    if row is None:
+        return None
+    return row.kind, row.position, row.order or None, row.lines, row.remaining
+
+
+async def reopen(engine: Engine, partition: Partition, field: str, settled: Callable[[Position], Awaitable[None]]) -> None:
+    """Compare one frozen SKU (nothing takes from it meanwhile) and unfreeze it; ``QuantityMismatch`` says by how much they differ."""
+    merchant, sku = split_key(field)
+    for _ in range(20):
+        before = await read(engine, partition, [field])
+        if before.available[0] is None:
+            raise UnknownStock(merchant, sku)
+        await settled(Position(partition.number, before.epoch, before.sequence))
+        for void in await engine.ledger.pending_voids(partition.number, before.epoch):
+            await engine.upkeep.void(partition.number, before.epoch, void)
+        rows = await engine.ledger.stock([field])
+        after = await read(engine, partition, [field])
+        if (after.available, after.reserved) != (before.available, before.reserved) or not rows:
+            await asyncio.sleep(0.02)
+            continue
+        (row,) = rows
+        found = (after.available[0] or 0, after.reserved[0] or 0)
+        if found != (row.available, row.reserved):
+            raise QuantityMismatch(
+                [
+                    (f"available of {sku!r} in Redis", row.available, found[0]),
+                    (f"reserved of {sku!r} in Redis", row.reserved, found[1]),
+                ]
+            )
+        await partition.wire.client.hdel(partition.key("frozen"), field)
+        return
+    raise InventoryError(f"sku {sku!r} of merchant {merchant!r} moves too much to be compared now; try again")

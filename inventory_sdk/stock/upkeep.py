@@ -1,0 +1,243 @@
+"""What the worker does to Redis: reads the journal, makes credits and voids, expires holds, turns and trims, freezes and rebuilds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from inventory_sdk.errors import InventoryError, StockFrozen
+from inventory_sdk.ledger.protocol import Credit, EpochClosed, Rebuilding, Void
+from inventory_sdk.model import fingerprint, key_of, split_key
+from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
+from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.records import write_reservation, write_result
+from inventory_sdk.stock.wire import NotExecuted, ReplyLost
+
+KEEP_APPLIED_MS: Final = 600_000
+"""Applied journal entries stay this long, so that a ledger that went back is noticed and can be caught up."""
+HEARTBEAT_MS: Final = 10_000
+CHUNK: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class JournalState:
+    """A partition as its Redis master reports it, read in one step.
+
+    ``state``: ``open``, ``frozen`` or ``rebuilding`` (being recovered), ``missing`` (no meta: first start or emptied Redis; epoch
+    and sequence are 0). ``sequence`` is the last entry that was written, ``oldest_kept_sequence`` the oldest of this epoch that is
+    still in the stream (None: the stream has none). ``run_id_known``: it is the server process that the partition was opened on.
+    ``now_ms`` is Redis' clock."""
+
+    epoch: int
+    sequence: int
+    state: str
+    run_id_known: bool
+    oldest_kept_sequence: int | None
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """What one expiry did: ``keys`` (merchant, reservation) are expired now, ``pinned`` are overdue and wait for their decider."""
+
+    keys: Sequence[str]
+    pinned: Sequence[str] = ()
+
+
+class Submits(Protocol):
+    """Sends one internal operation through the group commit."""
+
+    async def __call__(self, partition: Partition, operation: list[Any]) -> Answer: ...
+
+
+class Upkeep:
+    """The worker's side of stock, in one event loop."""
+
+    def __init__(
+        self,
+        partition: Callable[[int], Partition],
+        submit: Submits,
+        load: Callable[[Partition, Sequence[str]], Awaitable[None]],
+        results_window: float,
+        results_most: int,
+    ) -> None:
+        self._partition = partition
+        self._submit = submit
+        self._load = load
+        self._window_ms = str(int(results_window * 1000))
+        self._most = str(results_most)
+
+    async def journal_state(self, partition: int) -> JournalState:
+        """Ask Redis now."""
+        hello = await self._partition(partition).hello()
+        state = hello.state or "missing"
+        return JournalState(hello.epoch or 0, hello.sequence, state, hello.run_id_kept, hello.oldest, hello.now_ms)
+
+    async def read_journal(self, partition: int, epoch: int, after: int, upto: int | None, count: int) -> list[tuple[int, str]]:
+        """Entries of an epoch after a sequence, up to one (None: the end), at most ``count``: (sequence, body)."""
+        entries = await read_entries(self._partition(partition), epoch, after, upto, count)
+        return [(sequence, body.decode()) for sequence, body in entries]
+
+    async def void(self, partition: int, epoch: int, void: Void) -> None:
+        """The exact inverse of a refused entry, once; ``StockFrozen`` when its epoch is not the open one."""
+        mark = f"{void.position.epoch}-{void.position.sequence}"
+        name = f"{mark}-{void.index}"
+        merchant = split_key(void.key)[0]
+        key = key_of(merchant, f"\x1fvoid\x1f{name}")
+        reference = void.key if void.kind in ("reserve", "deduct", "adjust") else ""
+        extra = json.dumps({"position": name})
+        operation = ["void", key, "void", list(void.deltas), "", reference, 0, extra, mark, "f" if void.freeze else ""]
+        await self._make(partition, epoch, operation)
+
+    async def credit(self, partition: int, epoch: int, credit: Credit) -> None:
+        """Raise the counters by what entered through the ledger, once; ``StockFrozen`` when its epoch is not the open one."""
+        await self._make(partition, epoch, credit_operation(credit))
+
+    async def _make(self, partition: int, epoch: int, operation: list[Any]) -> Answer:
+        view = self._partition(partition)
+        for _ in range(5):
+            await view.known()
+            if int(view.epoch) != epoch:
+                raise StockFrozen(f"epoch {epoch} of partition {partition} is over, {view.epoch} is open", retry_after=0.5)
+            answer = await self._submit(view, operation)
+            code = answer[0][0]
+            if code in (DONE, DONE_LINES, REPLAY):
+                return answer
+            if code != NOT_LOADED:
+                raise InventoryError(f"{operation[0]} {operation[1]!r} was refused: {answer[0]}")
+            await self._load(view, answer[0][1:])
+        raise InventoryError(f"{operation[0]} {operation[1]!r}: its stock does not stay loaded")
+
+    async def due_expiries(self, partition: int, limit: int) -> list[str]:
+        """Keys of reservations whose time has come, by Redis' clock, oldest first."""
+        view = self._partition(partition)
+        now = (await view.hello()).now_ms
+        client: Any = view.wire.client
+        found = await client.zrangebyscore(view.key("expiry"), 1, now, start=0, num=limit)
+        return [bytes(key).decode() for key in found]
+
+    async def expire(self, partition: int, keys: Sequence[str]) -> Expired:
+        """Expire those of these holds that are due; overdue pinned ones are left as they are and named."""
+        view = self._partition(partition)
+        expired: list[str] = []
+        pinned: list[str] = []
+        for key in keys:
+            merchant, name = split_key(key)
+            operation = ["expire", key_of(merchant, f"{name}\x1fexpire"), "", [], "", key, 0, "", "", ""]
+            code = (await self._settle(view, operation))[0][0]
+            if code in (DONE, DONE_LINES):
+                expired.append(key)
+            elif code == PIN:
+                pinned.append(key)
+        return Expired(expired, pinned)
+
+    async def settle_pin(self, partition: int, key: str, verdict: str) -> None:
+        """Carry out what the decider of a pinned hold said: ``committed`` confirms it, ``aborted`` releases it."""
+        view = self._partition(partition)
+        merchant, name = split_key(key)
+        kind = "confirm" if verdict == "committed" else "release"
+        mark = fingerprint(kind, key, ())
+        operation = [kind, key_of(merchant, f"{name}\x1f{kind}"), mark, [], "", key, 0, "", "", "d"]
+        answer, _ = await self._settle(view, operation)
+        if answer[0] not in (DONE, DONE_LINES, REPLAY, CLOSED, NOT_FOUND):
+            raise InventoryError(f"pinned hold {name!r} of {merchant!r} could not be settled as {verdict}: {answer}")
+
+    async def _settle(self, view: Partition, operation: list[Any]) -> Answer:
+        answer = await self._submit(view, operation)
+        if answer[0][0] == NOT_LOADED:
+            await self._load(view, answer[0][1:])
+            answer = await self._submit(view, operation)
+        return answer
+
+    async def trim(self, partition: int, epoch: int, upto_sequence: int) -> None:
+        """Entries up to this one are applied; those older than ten minutes go."""
+        await self._tidy(partition, epoch, upto_sequence)
+
+    async def rotate(self, partition: int) -> None:
+        """Start a new results window where the current one is full or old."""
+        view = self._partition(partition)
+        await view.known()
+        await self._tidy(partition, int(view.epoch), 0)
+
+    async def _tidy(self, partition: int, epoch: int, applied: int) -> None:
+        view = self._partition(partition)
+        keys = [view.key("meta"), view.key("results:0"), view.key("results:1"), view.key("journal")]
+        arguments = [str(epoch), self._window_ms, self._most, str(applied), str(KEEP_APPLIED_MS)]
+        await view.wire.run("tidy", keys, arguments)
+
+    async def heartbeat(self, partition: int, worker: str) -> None:
+        """A sign of life that lasts ten seconds."""
+        view = self._partition(partition)
+        await view.wire.client.set(view.key("worker"), f"{time.time():.3f} {worker}", px=HEARTBEAT_MS)
+
+    async def worker_seen(self, partition: int) -> float | None:
+        """Seconds since a worker of this partition gave a sign of life; None: not in the last ten seconds."""
+        view = self._partition(partition)
+        remaining = await view.wire.client.pttl(view.key("worker"))
+        return (HEARTBEAT_MS - int(remaining)) / 1000 if int(remaining) > 0 else None
+
+    async def freeze(self, partition: int, epoch: int) -> None:
+        """Close the partition under its new epoch; ``EpochClosed`` when a newer one stands there."""
+        view = self._partition(partition)
+        frozen = await self._again("freeze", view, [view.key("meta")], [str(epoch)])
+        view.forget()
+        if not frozen:
+            raise EpochClosed(f"partition {partition} is past epoch {epoch}")
+
+    async def rebuild(self, partition: int, epoch: int, rebuilding: Rebuilding, extend_ms: int = 0) -> None:
+        """Write balances, live reservations (their time extended by ``extend_ms``) and recent results, then commit the ledger's side, then open:
+        a Redis that accepts must find an open epoch in the ledger.
+
+        Each chunk is fenced by epoch, state and its number; ``EpochClosed`` when somebody else rebuilds.
+        """
+        view = self._partition(partition)
+        now = (await view.hello()).now_ms
+        chunks = _Chunks(self, view, epoch)
+        await chunks.write("begin", [])
+        async for balances in rebuilding.balances(CHUNK):
+            await chunks.write("balances", [x for row in balances for x in (row.field, row.available, row.reserved)])
+        async for reservations in rebuilding.reservations(CHUNK):
+            flat: list[Any] = []
+            for row in reservations:
+                due = row.expires_at + extend_ms if row.expires_at else 0
+                flat += (row.key, write_reservation(row), due)
+            await chunks.write("reservations", flat)
+        async for results in rebuilding.results(CHUNK, now - int(self._window_ms)):
+            await chunks.write("results", [x for row in results for x in (row.key, write_result(row))])
+        await rebuilding.open()
+        await chunks.write("open", [])
+        view.forget()
+
+    async def _again(self, name: str, view: Partition, keys: Sequence[str], arguments: Sequence[str]) -> Any:
+        """Freeze and rebuild scripts are fenced, so a lost reply is simply asked again."""
+        for attempt in range(5):
+            try:
+                return await view.wire.run(name, keys, arguments)
+            except (ReplyLost, NotExecuted):
+                if attempt == 4:
+                    raise
+        raise AssertionError("unreachable")
+
+
+class _Chunks:
+    def __init__(self, upkeep: Upkeep, view: Partition, epoch: int) -> None:
+        self._view = view
+        self._epoch = str(epoch)
+        self._number = 0
+
+    async def write(self, what: str, values: list[Any]) -> None:
+        self._number += 1
+        arguments = [self._epoch, str(self._number), what, json.dumps(values)]
+        if not await self._view.wire.run("rebuild", self._view.keys[:9], arguments):
+            raise EpochClosed(f"partition {self._view.number}: another process rebuilds, or epoch {self._epoch} is over")
+
+
+def credit_operation(credit: Credit) -> list[Any]:
+    """The batch operation that makes a credit; its id is the position of the operation that entered."""
+    merchant = split_key(credit.key)[0]
+    name = f"{credit.position.epoch}-{credit.position.sequence}"
+    extra = json.dumps({"position": name})
+    return ["credit", key_of(merchant, f"\x1fcredit\x1f{name}"), "credit", list(credit.lines), "", credit.key, 0, extra, "", ""]

@@ -1,0 +1,135 @@
+"""How a script gets to Redis and its answer back, and what is known when it doesn't: never sent, not executed, or lost."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+
+from redis.asyncio import Redis
+from redis.exceptions import (
+    AskError,
+    BusyLoadingError,
+    ClusterDownError,
+    MovedError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from inventory_sdk.errors import InventoryError
+
+REFUSED_UNEXECUTED: Final = (MovedError, AskError, TryAgainError, ReadOnlyError, ClusterDownError, BusyLoadingError)
+IDLE_BEFORE_PROBE: Final = 1.0
+"""Seconds after which a kept connection is looked at before it is used: the server may have closed it."""
+
+
+class NotExecuted(InventoryError):
+    """The script did not run: it was never sent, or the server refused to execute it. Safe to send again at once."""
+
+
+class ReplyLost(InventoryError):
+    """The script was sent and its answer did not come; it may still run until its ``not_after``."""
+
+
+class Script:
+    """A Lua resource file and its digest."""
+
+    __slots__ = ("digest", "name", "text")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.text = resources.files("inventory_sdk.stock").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+        self.digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+@cache
+def script(name: str) -> Script:
+    """The script of this name, read once."""
+    return Script(name)
+
+
+class Wire:
+    """Runs scripts on connections of its own, made by the client's pool but kept out of it: nothing is retried behind our back,
+    and a connection whose answer is outstanding is never used again. One event loop; any number of calls at once."""
+
+    def __init__(self, client: Redis, timeout: float) -> None:
+        self.client = client
+        self.timeout = timeout
+        self._idle: list[tuple[Any, float]] = []
+        self._busy: set[Any] = set()
+
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str]) -> Any:
+        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
+        text = script(name)
+        connection = await self._connection()
+        self._busy.add(connection)
+        done = False
+        try:
+            async with asyncio.timeout(self.timeout):
+                try:
+                    await connection.send_command("EVALSHA", text.digest, len(keys), *keys, *arguments)
+                    reply = await connection.read_response()
+                except NoScriptError:
+                    await connection.send_command("EVAL", text.text, len(keys), *keys, *arguments)
+                    reply = await connection.read_response()
+            done = True
+            return reply
+        except REFUSED_UNEXECUTED as error:
+            raise NotExecuted(f"Redis did not execute {name}: {error}") from error
+        except (
+            RedisConnectionError,
+            RedisTimeoutError,
+            OSError,
+            asyncio.IncompleteReadError,
+        ) as error:  # OSError: also TimeoutError
+            raise ReplyLost(f"no answer from Redis to {name}: {error!r}") from error
+        except ResponseError:
+            done = True
+            raise
+        finally:
+            self._busy.discard(connection)
+            if done:
+                self._idle.append((connection, time.monotonic()))
+            else:
+                await connection.disconnect(nowait=True)
+
+    async def _connection(self) -> Any:
+        while self._idle:
+            connection, used = self._idle.pop()
+            if time.monotonic() - used < IDLE_BEFORE_PROBE:
+                return connection
+            try:
+                if not await connection.can_read():
+                    return connection
+            except (RedisError, OSError):
+                pass  # the server has closed it: what it says is that a new one is needed
+            await connection.disconnect(nowait=True)
+        pool: Any = self.client.connection_pool
+        connection = pool.make_connection()
+        try:
+            await connection.connect()
+        except (RedisError, OSError) as error:
+            await connection.disconnect(nowait=True)
+            raise NotExecuted(f"Redis can't be reached: {error}") from error
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        # With a time-out of its own, redis-py sends in a task of its own: later than all who are ready to run.
+        connection.socket_timeout = None
+        return connection
+
+    async def close(self) -> None:
+        """Closes the connections; calls under way lose their answers."""
+        connections = [connection for connection, _ in self._idle] + list(self._busy)
+        self._idle.clear()
+        for connection in connections:
+            await connection.disconnect(nowait=True)

@@ -1,0 +1,222 @@
+"""One run of entries into the ledger: one transaction, retried in place, bisected where the service's own write fails."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from inventory_sdk.ledger.protocol import Applied, EpochClosed, ForkFound, WatermarkMoved, WritesStock, WritesStockFailed
+from inventory_sdk.metrics import events
+from inventory_sdk.model import JournalEntry, Movement, Position, split_key
+from inventory_sdk.sync.backoff import waited
+from inventory_sdk.sync.buffer import Buffer
+from inventory_sdk.sync.parts import Halted, Parts, log
+from inventory_sdk.sync.queues.announcement import announcement
+from inventory_sdk.sync.queues.protocol import Message
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+MAX_OPERATIONS: Final = 1000
+ANNOUNCE_ATTEMPTS: Final = 5
+
+
+class Applier:
+    """Commits the next run of a partition's buffer. What is committed is told on; acknowledging is the caller's."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        partition: int,
+        on_applied: Callable[[Position], None],
+        tasks_due: asyncio.Event,
+        corrections_due: asyncio.Event,
+        max_operations: int = MAX_OPERATIONS,
+    ) -> None:
+        self._parts = parts
+        self._partition = partition
+        self._on_applied = on_applied
+        self._tasks_due = tasks_due
+        self._corrections_due = corrections_due
+        self._max_operations = max_operations
+        self._suspect: int | None = None
+        """Last sequence of a run whose ``writes_stock`` failed: somewhere up to it is the movement that it can't write."""
+
+    async def commit(self, buffer: Buffer, lost: Sequence[int] = ()) -> bool:
+        """Apply the next consecutive entries (behind ``lost`` ones, in a recovery) and compare old copies; False when there is
+        nothing to do. Database faults are retried here. ``EpochClosed``, ``ForkFound`` and a ``WatermarkMoved`` backwards go to
+        the caller; ``Halted`` when the worker stops while ``writes_stock`` keeps failing. Cancelled: rolled back, or committed
+        and redelivered, never half."""
+        run = buffer.run(self._max_operations, lost[-1] if lost else None)
+        if self._suspect is not None and run:
+            remaining = max(1, self._suspect - run[0].sequence + 1)
+            run = run[: max(1, remaining // 2)]
+        old = buffer.old()
+        if not (run or old or lost):
+            return False
+        parts = self._parts
+        backoff = parts.backoff()
+        named: tuple[int, str] | None = None
+        while True:
+            started = time.monotonic()
+            entries = [*old, *run]
+            try:
+                applied = await parts.ledger.apply(self._partition, buffer.epoch, entries, parts.writes_stock, lost)
+                break
+            except WatermarkMoved:
+                before = buffer.watermark
+                await self.reread(buffer)
+                if buffer.watermark == before:
+                    # It did not move on: the ledger stands before what this worker knew, and must be followed from there.
+                    raise
+                return True
+            except (EpochClosed, ForkFound):
+                raise
+            except WritesStockFailed as error:
+                delay = backoff.delay()
+                parts.retried("writes_stock", error, backoff.attempts)
+                if len(run) > 1:
+                    self._suspect = run[-1].sequence
+                    run = run[: len(run) // 2]
+                    continue
+                if backoff.attempts > 1 and run:
+                    named = await self._name(buffer, run[0], error, lost, named)
+                if await waited(parts.stopping, delay):
+                    raise Halted from error
+            except Exception as error:  # noqa: BLE001 - whatever a driver raises: the entries stay here, unacknowledged
+                delay = backoff.delay()
+                parts.retried("ledger", error, backoff.attempts)
+                await asyncio.sleep(delay)
+        await self._committed(buffer, entries, applied, time.monotonic() - started)
+        return True
+
+    async def reread(self, buffer: Buffer) -> None:
+        """Take over the ledger's watermark of the buffer's epoch; ``EpochClosed`` when it is closed for applying."""
+        rows = await self._parts.persist("ledger", lambda: self._parts.ledger.epochs(self._partition))
+        for row in rows:
+            if row.epoch == buffer.epoch:
+                buffer.moved(row.applied)
+                return
+        raise EpochClosed(f"epoch {buffer.epoch} of partition {self._partition} takes no entries any more")
+
+    async def _committed(self, buffer: Buffer, entries: Sequence[JournalEntry], applied: Applied, seconds: float) -> None:
+        parts = self._parts
+        fresh = [entry for entry in entries if entry.sequence > buffer.watermark]
+        refused: dict[int, dict[int, str]] = {}
+        for refusal in applied.refusals:
+            refused.setdefault(refusal.position.sequence, {})[refusal.index] = refusal.reason
+        told = [
+            Message(self._partition, buffer.epoch, e.sequence, announcement(buffer.body(e.sequence), refused.get(e.sequence, {})))
+            for e in fresh
+        ]
+        buffer.moved(applied.sequence, entries)
+        if self._suspect is not None and buffer.watermark >= self._suspect:
+            self._suspect = None
+        self._on_applied(Position(self._partition, buffer.epoch, applied.sequence))
+        if applied.tasks:
+            self._tasks_due.set()
+        duplicates = sum(refusal.reason == "duplicate" for refusal in applied.refusals)
+        lag = max(0.0, time.time() - fresh[-1].at_ms / 1000) if fresh else 0.0
+        parts.metrics.record(
+            events.Applied(
+                partition=self._partition,
+                epoch=buffer.epoch,
+                sequence=applied.sequence,
+                operations=applied.operations,
+                rejected=len(applied.refusals) - duplicates,
+                duplicates=duplicates,
+                redelivered=applied.redelivered,
+                lag_seconds=lag,
+                seconds=seconds,
+            )
+        )
+        if applied.refusals:
+            self._corrections_due.set()
+        for refusal in applied.refusals:
+            name = "duplicate" if refusal.reason == "duplicate" else "rejected"
+            merchant, operation_id = split_key(refusal.key)
+            where = f"{self._partition}/{buffer.epoch}-{refusal.position.sequence}[{refusal.index}]"
+            log.warning(
+                "ledger refused %s %r of merchant %r at %s: %s", refusal.kind, operation_id, merchant, where, refusal.reason
+            )
+            parts.happened(name, partition=self._partition, kind=refusal.kind, reason=refusal.reason)
+            parts.tell(
+                name,
+                {
+                    "merchant": merchant,
+                    "operation_id": operation_id,
+                    "kind": refusal.kind,
+                    "reason": refusal.reason,
+                    "lines": refusal.lines,
+                    "position": refusal.position,
+                },
+            )
+        if told:
+            await self._announce(told)
+
+    async def _announce(self, messages: Sequence[Message]) -> None:
+        backoff = self._parts.backoff()
+        while True:
+            try:
+                await self._parts.queue.announce(messages)
+                return
+            except Exception as error:  # noqa: BLE001 - counted and tried again
+                delay = backoff.delay()
+                self._parts.retried("announce", error, backoff.attempts)
+                if backoff.attempts >= ANNOUNCE_ATTEMPTS or self._parts.stopping.is_set():
+                    # Committed stock must not wait for subscribers: it is named, and they can read it from the ledger.
+                    first, last = messages[0].sequence, messages[-1].sequence
+                    log.exception("entries %d/%d-%d to %d were not announced", self._partition, messages[0].epoch, first, last)
+                    self._parts.happened("announce_failed", partition=self._partition)
+                    return
+            await asyncio.sleep(delay)
+
+    async def _name(
+        self, buffer: Buffer, entry: JournalEntry, error: WritesStockFailed, lost: Sequence[int], before: tuple[int, str] | None
+    ) -> tuple[int, str] | None:
+        """Find the movement by writing them one at a time, in a transaction that is always rolled back; alert once per cause."""
+        found: list[tuple[Movement, Exception]] = []
+
+        def alone(write: WritesStock) -> WritesStock:
+            async def each(moves: Sequence[Movement], session: AsyncSession) -> None:
+                for move in moves:
+                    try:
+                        async with session.begin_nested():
+                            await write([move], session)
+                    except Exception as cause:
+                        found.append((move, cause))
+                        raise
+
+            return each
+
+        async def end(moves: Sequence[Movement], session: AsyncSession) -> None:
+            raise _ProbeDone
+
+        probes = [*(alone(write) for write in self._parts.writes_stock), end]
+        try:
+            await self._parts.ledger.apply(self._partition, buffer.epoch, [entry], probes, lost)
+        except WritesStockFailed as failed:
+            log.debug("probed %d/%d-%d: %s", self._partition, buffer.epoch, entry.sequence, failed)
+        except Exception as fault:  # noqa: BLE001 - the database left during the probe; the next attempt probes again
+            self._parts.retried("ledger", fault, 1)
+            return before
+        cause: BaseException
+        if found:
+            move, cause = found[0]
+            what = f"operation {move.operation_id!r}, {move.kind} of {move.quantity} {move.sku!r}"
+            facts = {"merchant": move.merchant, "sku": move.sku, "operation_id": move.operation_id, "movement": move}
+        else:
+            cause, what, facts = error.__cause__ or error, "its movements together, each alone passes", {}
+        now = (entry.sequence, f"{what}: {cause!r}")
+        if now != before:
+            log.error("writes_stock failed at %d/%d-%d, %s; held and tried again", self._partition, buffer.epoch, *now)
+            self._parts.happened("writes_stock_failed", partition=self._partition)
+            position = Position(self._partition, buffer.epoch, entry.sequence)
+            self._parts.tell("writes_stock_failed", {**facts, "position": position, "error": repr(cause)})
+        return now
+
+
+class _ProbeDone(Exception):
+    """Every movement passed alone; roll the probe back."""

@@ -1,0 +1,367 @@
+"""Follows one partition's journal into the ledger: consume → order → apply → acknowledge, never past a gap."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from inventory_sdk.ledger.protocol import EpochClosed, ForkFound, PartitionRow, WatermarkMoved
+from inventory_sdk.model import Position
+from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
+from inventory_sdk.sync.backoff import Backoff, waited
+from inventory_sdk.sync.buffer import Buffer
+from inventory_sdk.sync.parts import Halted, Parts, log
+from inventory_sdk.sync.queues.protocol import Consumer, Message
+from inventory_sdk.sync.recovery import RecoveryNeeded, open_first, recover, until_readable
+from inventory_sdk.sync.stock_side import JournalState
+
+T = TypeVar("T")
+
+IDLE: Final = 0.05
+"""Seconds without a message after which the journal itself is read to its end."""
+GATHER: Final = 0.005
+"""Seconds that a small batch waits for more."""
+ENOUGH: Final = 100
+"""Operations that are worth a transaction at once."""
+FILL_COUNT: Final = 1000
+TAKE_OVER: Final = 10.0
+"""Seconds after which a half-done recovery counts as abandoned."""
+
+
+class QueueFault(Exception):
+    """The queue's consumer failed; the stay at the queue ends and begins anew."""
+
+
+class EpochMoved(Exception):
+    """The ledger (maybe) has a newer epoch than the one followed here: read its row again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """``row`` is the epoch to be consumed; ``newest`` differs from it where an abandoned recovery is taken over."""
+
+    row: PartitionRow
+    newest: int
+    abandoned: bool = False
+
+
+class Follower:
+    """One partition of one worker. ``run`` lives as long as the worker; ``last_sign`` (monotonic seconds, None: never) is when it
+    last made progress or found all well; ``receiving`` says whether it is at something that a stop should let it finish."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        partition: int,
+        applier: Applier,
+        signed: asyncio.Event,
+        *,
+        idle: float = IDLE,
+        take_over: float = TAKE_OVER,
+    ) -> None:
+        self._parts = parts
+        self._partition = partition
+        self._applier = applier
+        self._signed = signed
+        self._idle = idle
+        self._take_over = take_over
+        self._trouble = Backoff(parts.first_delay, 1.0)
+        self._absent: int | None = None
+        """The sequence that the journal was asked for and did not have."""
+        self._more = False
+        """The last reading of the journal was cut off: there is more at once."""
+        self.last_sign: float | None = None
+        self.receiving = False
+
+    async def run(self) -> None:
+        """Until the worker stops. Faults of the servers are waited out here; only a mistake in our own code ends it early."""
+        parts = self._parts
+        backoff = parts.backoff()
+        while not parts.stopping.is_set():
+            try:
+                task = await self._task()
+                if task is not None:
+                    await self._stay(task)
+                backoff.reset()
+            except Halted:
+                return
+            except (EpochMoved, EpochClosed, WatermarkMoved) as moved:
+                log.info("partition %d: %s: %s", self._partition, type(moved).__name__, moved)
+                await waited(parts.stopping, parts.first_delay)
+            except QueueFault as fault:
+                delay = backoff.delay()
+                parts.retried("consume", fault.__cause__ or fault, backoff.attempts)
+                await waited(parts.stopping, delay)
+
+    async def _task(self) -> _Task | None:
+        """The epoch to follow, or the abandoned recovery to take over; None: look again."""
+        parts = self._parts
+        ledger = parts.ledger
+        row = await parts.persist("ledger", lambda: ledger.partition(self._partition))
+        if row is None:
+            try:
+                row = await open_first(parts.stock_side, ledger, parts.queue, self._partition, timeout=self._take_over)
+                return _Task(row, row.epoch)
+            except Exception as error:  # noqa: BLE001 - a server is away: counted, tried again
+                parts.retried("open", error, self._trouble.attempts + 1)
+                await waited(parts.stopping, self._trouble.delay())
+                return None
+        if row.state == "open":
+            return _Task(row, row.epoch)
+        # Somebody recovers. If that takes suspiciously long it is done again, with a higher epoch that fences the slow one off.
+        until = time.monotonic() + self._take_over
+        while row is not None and row.state != "open" and time.monotonic() < until:
+            if await waited(parts.stopping, min(0.2, self._take_over / 10)):
+                return None
+            newer = await parts.persist("ledger", lambda: ledger.partition(self._partition))
+            if newer is not None and newer.epoch != row.epoch:
+                until = time.monotonic() + self._take_over
+            row = newer
+        if row is None or row.state == "open":
+            return None
+        rows = await parts.persist("ledger", lambda: ledger.epochs(self._partition))
+        return _Task(rows[0] if rows else row, row.epoch, abandoned=True)
+
+    async def _stay(self, task: _Task) -> None:
+        """One stay at the queue as the active consumer."""
+        parts = self._parts
+        row = task.row
+        async with self._consumer(row) as consumer:
+            # Becoming the active consumer may have taken long: others have worked meanwhile.
+            rows = await parts.persist("ledger", lambda: parts.ledger.epochs(self._partition))
+            mine = [each for each in rows if each.epoch == row.epoch]
+            if not mine or rows[-1].epoch != task.newest:
+                raise EpochMoved(f"epoch {task.newest} is not the newest any more")
+            buffer = Buffer(self._partition, row.epoch, mine[0].applied)
+            try:
+                if task.abandoned:
+                    raise RecoveryNeeded("abandoned", f"the recovery to epoch {task.newest} was not finished")
+                await self._follow(consumer, buffer)
+            except RecoveryNeeded as need:
+                await self._recover(consumer, buffer, need, task.newest)
+            finally:
+                self.receiving = False
+
+    @asynccontextmanager
+    async def _consumer(self, row: PartitionRow) -> AsyncIterator[Consumer]:
+        manager = self._parts.queue.consume(row.partition, row.epoch, row.applied)
+        consumer = await self._at_queue(manager.__aenter__())
+        try:
+            yield consumer
+        finally:
+            await self._at_queue(manager.__aexit__(None, None, None))
+
+    async def _at_queue(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except Exception as error:  # whatever the queue's client raises
+            raise QueueFault from error
+
+    async def _recover(self, consumer: Consumer, buffer: Buffer, need: RecoveryNeeded, newest: int) -> None:
+        parts = self._parts
+        try:
+            if not await recover(parts, self._applier, consumer, buffer, need, newest):
+                raise EpochMoved("another process recovers it")
+        except (Halted, EpochMoved, EpochClosed):
+            raise
+        except Exception as error:  # noqa: BLE001 - a server left in the middle: the next round raises the epoch once more
+            parts.retried("recovery", error, self._trouble.attempts + 1)
+            await waited(parts.stopping, self._trouble.delay())
+
+    async def _follow(self, consumer: Consumer, buffer: Buffer) -> None:
+        stopping = self._parts.stopping
+        await self._check(buffer)
+        await self._flush(consumer, buffer)
+        while not stopping.is_set():
+            messages = await self._at_queue(consumer.get(0 if self._more else self._idle))
+            if messages:
+                self.receiving = True
+                await self._receive(consumer, buffer, messages)
+                await self._gather(consumer, buffer)
+            else:
+                await self._check(buffer)
+            await self._flush(consumer, buffer)
+        await self._receive(consumer, buffer, await self._at_queue(consumer.get(0)))
+        await self._flush(consumer, buffer)
+
+    async def _gather(self, consumer: Consumer, buffer: Buffer) -> None:
+        until = time.monotonic() + GATHER
+        while buffer.operations < ENOUGH and (left := until - time.monotonic()) > 0:
+            await self._receive(consumer, buffer, await self._at_queue(consumer.get(left)))
+
+    async def _receive(self, consumer: Consumer, buffer: Buffer, messages: Sequence[Message]) -> None:
+        late: list[Message] = []
+        for message in messages:
+            if message.epoch < buffer.epoch:
+                late.append(message)
+            elif message.epoch > buffer.epoch:
+                newest = await self._parts.persist("ledger", lambda: self._parts.ledger.partition(self._partition))
+                if newest is None or newest.epoch < message.epoch:
+                    raise RecoveryNeeded(
+                        "ledger_went_back", f"an entry of epoch {message.epoch} came, the ledger has {newest}", message.epoch
+                    )
+                raise EpochMoved(f"an entry of epoch {message.epoch} came")
+            elif message.marker:
+                raise EpochMoved(f"epoch {message.epoch} was ended")
+            else:
+                try:
+                    buffer.receive(message)
+                except ForkFound as fork:
+                    raise RecoveryNeeded("fork", str(fork)) from fork
+        if late:
+            await self._late(consumer, late)
+
+    async def _late(self, consumer: Consumer, late: Sequence[Message]) -> None:
+        """Entries of a closed epoch: dropped where the ledger knows their position, else held unacknowledged and named."""
+        parts = self._parts
+        positions = [Position(m.partition, m.epoch, m.sequence) for m in late if not m.marker]
+        rows = await parts.persist("ledger", lambda: parts.ledger.operations_at(positions)) if positions else []
+        known = {row.position for row in rows}
+        dropped = []
+        for message in late:
+            position = Position(message.partition, message.epoch, message.sequence)
+            if message.marker or position in known:
+                dropped.append(message)
+            else:
+                log.error("entry %s came after its epoch was closed and is not in the ledger; it is kept in the queue", position)
+                parts.happened("late_entry", partition=self._partition)
+                parts.tell("late_entry", {"position": position, "body": message.body})
+        if dropped:
+            await self._at_queue(consumer.ack(dropped))
+
+    async def _flush(self, consumer: Consumer, buffer: Buffer) -> None:
+        """Apply and acknowledge all that is consecutive; fill holes from the journal first."""
+        self.receiving = self.receiving or buffer.waiting > 0
+        while True:
+            missing = buffer.first_missing()
+            if missing is not None and sum(len(e.operations) for e in buffer.run(MAX_OPERATIONS)) < MAX_OPERATIONS:
+                await self._fill(buffer, missing)
+            try:
+                moved = await self._applier.commit(buffer)
+            except ForkFound as fork:
+                raise RecoveryNeeded("fork", str(fork)) from fork
+            if done := buffer.acknowledgeable():
+                await self._at_queue(consumer.ack(done))
+            if moved:
+                self._sign()
+                self._trouble.reset()
+            elif buffer.held() is not None:
+                await until_readable(self._parts, buffer)
+            else:
+                break
+        self.receiving = False
+        if buffer.waiting:
+            # A gap that the journal did not fill: the check decides whether it is a loss; until it can, nothing passes.
+            await self._check(buffer)
+            if buffer.waiting and not buffer.run(1):
+                self._parts.retried("gap", EpochMoved(f"entry {buffer.watermark + 1} is missing"), self._trouble.attempts + 1)
+                await waited(self._parts.stopping, self._trouble.delay())
+
+    async def _fill(self, buffer: Buffer, missing: int) -> None:
+        try:
+            pairs = await self._parts.stock_side.read_journal(
+                self._partition, buffer.epoch, missing - 1, buffer.highest, FILL_COUNT
+            )
+        except Exception as error:  # noqa: BLE001 - counted, looked at again
+            self._absent = None
+            # What is consecutive without the missing one is applied all the same; the hole is looked at again afterwards.
+            self._parts.retried("redis", error, self._trouble.attempts + 1)
+            return
+        self._read(buffer, pairs)
+        self._absent = missing if buffer.first_missing() == missing else None
+
+    def _read(self, buffer: Buffer, pairs: Sequence[tuple[int, str]]) -> None:
+        try:
+            for sequence, body in pairs:
+                buffer.read(sequence, body)
+        except ForkFound as fork:
+            raise RecoveryNeeded("fork", str(fork)) from fork
+
+    async def _check(self, buffer: Buffer) -> None:
+        """Is Redis what the ledger remembers? Then read the journal to its end, so that an entry whose publisher died gets in."""
+        parts = self._parts
+        self._more = False
+        try:
+            state = await parts.stock_side.journal_state(self._partition)
+        except Exception as error:  # noqa: BLE001 - Redis is away: counted, asked again
+            parts.retried("redis", error, self._trouble.attempts + 1)
+            await waited(parts.stopping, self._trouble.delay())
+            return
+        need = self._judged(state, buffer)
+        if need is not None:
+            await self._confirm(need, buffer)
+            return
+        if state.state != "open":
+            await self._left_frozen(state)
+            return
+        if state.sequence > buffer.watermark and buffer.first_missing() is None:
+            before = buffer.watermark
+            await self._applier.reread(buffer)
+            if buffer.watermark > before:
+                # Another worker is at it: two that read the same entries would only wait for each other's locks.
+                self._sign()
+                return
+            try:
+                pairs = await parts.stock_side.read_journal(self._partition, buffer.epoch, buffer.highest, None, FILL_COUNT)
+            except Exception as error:  # noqa: BLE001 - Redis is away: counted, asked again
+                parts.retried("redis", error, self._trouble.attempts + 1)
+                await waited(parts.stopping, self._trouble.delay())
+                return
+            self._read(buffer, pairs)
+            self._more = len(pairs) == FILL_COUNT
+        if not buffer.waiting:
+            self._trouble.reset()
+            self._sign()
+
+    def _judged(self, state: JournalState, buffer: Buffer) -> RecoveryNeeded | None:
+        if state.state == "missing":
+            return RecoveryNeeded("meta_missing", "Redis does not know the partition")
+        if state.epoch != buffer.epoch:
+            return RecoveryNeeded("foreign_epoch", f"Redis is at epoch {state.epoch}, the ledger at {buffer.epoch}", state.epoch)
+        if not state.run_id_known:
+            return RecoveryNeeded("other_server", "another Redis process answers than the one it was opened on")
+        if state.state != "open":
+            return None
+        if state.sequence < buffer.highest:
+            return RecoveryNeeded("went_back", f"Redis is at {buffer.epoch}-{state.sequence}, entry {buffer.highest} was seen")
+        oldest = state.oldest_kept_sequence
+        if state.sequence > buffer.watermark and (oldest is None or oldest > buffer.watermark + 1):
+            if buffer.run(1):
+                return None
+            return RecoveryNeeded(
+                "ledger_went_back",
+                f"the ledger stands at {buffer.epoch}-{buffer.watermark}, the oldest kept journal entry is {oldest}",
+            )
+        missing = buffer.first_missing()
+        if missing is not None and missing == self._absent == buffer.watermark + 1:
+            return RecoveryNeeded("entry_missing", f"the journal has no entry {buffer.epoch}-{missing}, though later ones")
+        return None
+
+    async def _confirm(self, need: RecoveryNeeded, buffer: Buffer) -> None:
+        """Recover, unless what looked wrong was another worker's progress."""
+        before = buffer.watermark
+        newest = await self._parts.persist("ledger", lambda: self._parts.ledger.partition(self._partition))
+        if newest is not None and newest.epoch != buffer.epoch:
+            raise EpochMoved(f"the ledger is at epoch {newest.epoch}")
+        await self._applier.reread(buffer)
+        if buffer.watermark == before:
+            raise need
+
+    async def _left_frozen(self, state: JournalState) -> None:
+        """The ledger is open and Redis is not: between the two steps of an opening, or its process died there."""
+        until = time.monotonic() + self._take_over
+        while time.monotonic() < until:
+            if await waited(self._parts.stopping, min(0.2, self._take_over / 10)):
+                return
+            now = await self._parts.persist("redis", lambda: self._parts.stock_side.journal_state(self._partition))
+            if (now.epoch, now.state) != (state.epoch, state.state):
+                return
+        raise RecoveryNeeded("left_frozen", f"Redis stays {state.state} at epoch {state.epoch}", state.epoch)
+
+    def _sign(self) -> None:
+        self.last_sign = time.monotonic()
+        self._signed.set()

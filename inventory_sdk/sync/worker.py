@@ -1,0 +1,223 @@
+"""The worker: for each partition it follows the journal into the ledger, keeps house in Redis, and runs what is due."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Self
+
+from inventory_sdk.ledger.protocol import Ledger, WritesStock
+from inventory_sdk.metrics import Metrics, NoMetrics
+from inventory_sdk.model import Position
+from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
+from inventory_sdk.sync.corrections import CREDIT_GRACE, Corrections
+from inventory_sdk.sync.follower import IDLE, TAKE_OVER, Follower
+from inventory_sdk.sync.housekeeping import PERIOD, STALE_AGE, Housekeeping
+from inventory_sdk.sync.notices import Notices, OnEvent, no_handler
+from inventory_sdk.sync.parts import Parts, log
+from inventory_sdk.sync.queues.protocol import Queue
+from inventory_sdk.sync.stock_side import Expired, JournalState, StockSide
+from inventory_sdk.sync.tasks import ATTEMPTS, CONCURRENCY, FIRST_RETRY, LAST_RETRY, TaskRegistry, TaskRunner
+
+__all__ = ["Expired", "JournalState", "StockSide", "TaskRegistry", "Worker"]
+
+HEARTBEAT: Final = 3.0
+DRAIN: Final = 10.0
+
+
+def _nobody(_: Any) -> None:
+    """Nobody wants to know."""
+
+
+class Worker:
+    """Runs in one event loop, several partitions at once; other workers may run on the same partitions. Times are in seconds.
+
+    ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``,
+    ``recovered``, ``lost``, ``unreadable`` and ``writes_stock_failed``. ``on_applied`` hears of every new watermark at once.
+    A task of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
+
+    def __init__(
+        self,
+        stock_side: StockSide,
+        ledger: Ledger,
+        queue: Queue,
+        *,
+        partitions: Sequence[int],
+        metrics: Metrics | None = None,
+        writes_stock: Sequence[WritesStock] = (),
+        on_event: OnEvent = no_handler,
+        on_applied: Callable[[Position], None] = _nobody,
+        on_failure: Callable[[BaseException], None] = _nobody,
+        tasks: TaskRegistry | None = None,
+        name: str | None = None,
+        max_operations: int = MAX_OPERATIONS,
+        idle: float = IDLE,
+        heartbeat: float = HEARTBEAT,
+        take_over: float = TAKE_OVER,
+        housekeeping: float = PERIOD,
+        stale_age: float = STALE_AGE,
+        credit_grace: float = CREDIT_GRACE,
+        task_concurrency: int = CONCURRENCY,
+        task_attempts: int = ATTEMPTS,
+        first_task_retry: float = FIRST_RETRY,
+        last_task_retry: float = LAST_RETRY,
+        first_delay: float = 0.05,
+        longest_delay: float = 5.0,
+    ) -> None:
+        self.name = name or f"{socket.gethostname()}:{os.getpid()}"
+        self.failure: BaseException | None = None
+        self._notices = Notices(on_event)
+        self._stopping = asyncio.Event()
+        self._died = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._on_failure = on_failure
+        self._heartbeat = heartbeat
+        tasks_due = asyncio.Event()
+        self._wakes = [tasks_due]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._followers: list[tuple[Follower, asyncio.Task[None]]] = []
+        self._signs: list[asyncio.Task[None]] = []
+        self._parts = parts = Parts(
+            stock_side=stock_side,
+            ledger=ledger,
+            queue=queue,
+            metrics=metrics or NoMetrics(),
+            tell=self._notices.tell,
+            stopping=self._stopping,
+            writes_stock=tuple(writes_stock),
+            first_delay=first_delay,
+            longest_delay=longest_delay,
+        )
+        self._runner = (
+            TaskRunner(
+                parts,
+                tasks,
+                tasks_due,
+                concurrency=task_concurrency,
+                attempts=task_attempts,
+                first_retry=first_task_retry,
+                last_retry=last_task_retry,
+            )
+            if tasks is not None
+            else None
+        )
+        self._rooms: list[tuple[int, Follower, Corrections, Housekeeping, asyncio.Event]] = []
+        for partition in partitions:
+            signed, corrections_due = asyncio.Event(), asyncio.Event()
+            applier = Applier(parts, partition, on_applied, tasks_due, corrections_due, max_operations)
+            follower = Follower(parts, partition, applier, signed, idle=idle, take_over=take_over)
+            corrections = Corrections(parts, partition, corrections_due, grace=credit_grace)
+            keeper = Housekeeping(parts, partition, period=housekeeping, stale_age=stale_age)
+            self._rooms.append((partition, follower, corrections, keeper, signed))
+            self._wakes += (signed, corrections_due)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Start working; returns at once. A worker starts once: make a new one after ``stop``."""
+        if self._tasks or self._stopping.is_set():
+            raise RuntimeError("a worker starts once; make a new one")
+        self._spawn("notices", self._notices.run())
+        for partition, follower, corrections, keeper, signed in self._rooms:
+            self._followers.append((follower, self._spawn(f"follower-{partition}", follower.run())))
+            self._spawn(f"corrections-{partition}", corrections.run())
+            self._spawn(f"housekeeping-{partition}", keeper.run())
+            self._signs.append(self._spawn(f"heartbeat-{partition}", self._give_signs(partition, follower, signed)))
+        if self._runner is not None:
+            self._spawn("tasks", self._runner.run())
+
+    async def stop(self, timeout: float = DRAIN) -> None:
+        """Finish what is received, for at most ``timeout`` seconds, then cancel. What is unfinished comes again to the next
+        worker. Idempotent. A caller that goes away meanwhile has cancelled everything at once."""
+        self._stopping.set()
+        for wake in self._wakes:
+            wake.set()
+        for follower, task in self._followers:
+            if not follower.receiving:
+                # Waiting for a message, a server, or its turn as consumer: nothing to finish.
+                task.cancel()
+        for task in self._signs:
+            task.cancel()
+        try:
+            # The first task hands over events; it has no end of its own.
+            working = [task for task in self._tasks[1:] if not task.done()]
+            if working:
+                await asyncio.wait(working, timeout=timeout)
+            if self._tasks and not self._tasks[0].done():
+                await self._notices.delivered(min(timeout, 1.0))
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            self._stopped.set()
+
+    async def ready(self) -> None:
+        """Returns once every partition has made progress or found all well, and said so; raises what killed a task before."""
+        while not all(follower.last_sign is not None for _, follower, _, _, _ in self._rooms):
+            self._raise_failure()
+            await asyncio.sleep(0.005)
+        for partition, *_ in self._rooms:
+            await self._parts.persist("redis", partial(self._parts.stock_side.heartbeat, partition, self.name))
+
+    async def wait(self) -> None:
+        """Until the worker has stopped; raises what killed one of its tasks as soon as that happens."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._died, self._stopped)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waits:
+                each.cancel()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    async def _give_signs(self, partition: int, follower: Follower, signed: asyncio.Event) -> None:
+        """A heartbeat for every span in which the follower gave a sign itself; a stuck one falls silent."""
+        backoff = self._parts.backoff()
+        given = 0.0
+        while not self._stopping.is_set():
+            await signed.wait()
+            signed.clear()
+            left = given + self._heartbeat - time.monotonic()
+            if left > 0:
+                await asyncio.sleep(left)
+                continue
+            try:
+                await self._parts.stock_side.heartbeat(partition, self.name)
+                given = time.monotonic()
+                backoff.reset()
+            except Exception as error:  # noqa: BLE001 - Redis is away; the sign ends by itself there
+                delay = backoff.delay()
+                self._parts.retried("redis", error, backoff.attempts)
+                await asyncio.sleep(delay)
+
+    def _spawn(self, what: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=f"inventory-{what}")
+        self._tasks.append(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            return
+        log.critical("%s of worker %s died", task.get_name(), self.name, exc_info=error)
+        self._parts.happened("task_died", task=task.get_name())
+        self.failure = self.failure or error
+        self._died.set()
+        self._on_failure(error)
