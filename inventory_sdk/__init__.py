@@ -1,3 +1,58 @@
 """The public face: everything a user imports stands here, nothing else does."""
 
+from inventory_sdk.errors import (
+    DeadlineExceeded,
+    DurabilityNotReached,
+    HotspotLimited,
+    InsufficientStock,
+    InvalidOperation,
+    InventoryError,
+    JournalFull,
+    LaneFull,
+    NotStarted,
+    OperationConflict,
+    OutcomeUnknown,
+    Overloaded,
+    QuantityMismatch,
+    ReservationClosed,
+    ReservationExpired,
+    ReservationNotFound,
+    StockFrozen,
+    UnknownStock,
+)
+from inventory_sdk.inventory import Inventory
+from inventory_sdk.model import Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
+from inventory_sdk.weave import injected
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DeadlineExceeded",
+    "DurabilityNotReached",
+    "HotspotLimited",
+    "InsufficientStock",
+    "InvalidOperation",
+    "Inventory",
+    "InventoryError",
+    "JournalFull",
+    "Lane",
+    "LaneFull",
+    "Line",
+    "Movement",
+    "NotStarted",
+    "OpeningBalance",
+    "OperationConflict",
+    "OutcomeUnknown",
+    "Overloaded",
+    "QuantityMismatch",
+    "Receipt",
+    "Reservation",
+    "ReservationClosed",
+    "ReservationExpired",
+    "ReservationNotFound",
+    "StockFrozen",
+    "StockLevel",
+    "UnknownStock",
+    "__version__",
+    "injected",
+]

@@ -14,9 +14,7 @@ def main() -> None:
     """Run the command; exit code 0 all is well, 1 something must change, 2 the command was not understood."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(
-            f"inventory-sdk: {' and '.join(missing)} not installed; the command line needs: pip install 'inventory_sdk[cli]'"
-        )
+        sys.exit(f"inventory-sdk: {' and '.join(missing)} not installed; the command line needs: pip install 'inventory_sdk[cli]'")
     from inventory_sdk.cli.app import app
 
     app(prog_name="inventory-sdk")

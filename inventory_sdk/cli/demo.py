@@ -168,9 +168,7 @@ class Till:
         if buyer.behaviour is Behaviour.PAYS_AT_ONCE:
             return await self._twice(buyer, lambda: self.stock.deduct(lines, merchant=MERCHANT, operation_id=buyer.operation_id))
         ttl = self.sale.hold if buyer.behaviour is Behaviour.WALKS_AWAY else 900.0
-        return await self._twice(
-            buyer, lambda: self.stock.reserve(lines, merchant=MERCHANT, operation_id=buyer.operation_id, ttl=ttl)
-        )
+        return await self._twice(buyer, lambda: self.stock.reserve(lines, merchant=MERCHANT, operation_id=buyer.operation_id, ttl=ttl))
 
     async def _twice(self, buyer: Buyer, call: Callable[[], Awaitable[Receipt]]) -> Receipt | None:
         """The receipt, None when there was not enough. An impatient buyer sends the same call twice at the same time: one

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+import re
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inventory_sdk.cli.options import inventory_for, refuse, run
+from inventory_sdk.cli.options import refuse, run
 
 if TYPE_CHECKING:
     from inventory_sdk.cli.demo import FlashSale
@@ -34,27 +36,38 @@ def demo(
     Servers are never taken from the environment here: a demo moves stock.
     """
     from inventory_sdk.cli.demo import FlashSale
+    from inventory_sdk.inventory import Inventory
 
     if redis is None and (queue is not None or database is not None):
         raise refuse("--queue and --database go with --redis; without it everything is embedded")
     if redis is not None and database is None:
         raise refuse("--redis needs --database: the ledger is the truth")
-    inventory = inventory_for(redis, queue, database, namespace)
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,38}", namespace):
+        raise refuse(f"--namespace={namespace!r}: must be letters, digits and underscores, at most 39; tables are named with it")
+    inventory = Inventory(
+        redis or "memory://", queue=queue, database=database, namespace=namespace, table_prefix=f"{namespace}_", metrics=()
+    )
+    place = running(inventory, worker=redis is not None)
     if orders is not None:
-        run(replayed(inventory, orders))
+        run(replayed(place, orders))
     else:
-        run(sold(inventory, FlashSale(buyers=buyers, units=units, seed=seed)))
+        run(sold(place, FlashSale(buyers=buyers, units=units, seed=seed)))
 
 
-async def begun(stack: AsyncExitStack, inventory: Inventory) -> None:
+@asynccontextmanager
+async def running(inventory: Inventory, worker: bool) -> AsyncIterator[Inventory]:
     """Started, with its tables, and with a worker where none runs inside already."""
-    await stack.enter_async_context(inventory)
-    await inventory.create_schema()
-    if not inventory.embedded:
-        await stack.enter_async_context(inventory.worker())
+    async with inventory:
+        await inventory.create_schema()
+        if not worker:
+            yield inventory
+            return
+        async with inventory.worker() as working:
+            await working.ready()
+            yield inventory
 
 
-async def sold(inventory: Inventory, sale: FlashSale) -> bool:
+async def sold(place: AbstractAsyncContextManager[Inventory], sale: FlashSale) -> bool:
     from rich.console import Console
 
     from inventory_sdk.cli import screen
@@ -63,8 +76,7 @@ async def sold(inventory: Inventory, sale: FlashSale) -> bool:
     from inventory_sdk.model import key_of
 
     console = Console()
-    async with AsyncExitStack() as stack:
-        await begun(stack, inventory)
+    async with place as inventory:
         with screen.progress(console, f"{sale.buyers:,} buyers", sale.buyers) as advance:
             tally = await flash_sale(
                 inventory,
@@ -80,7 +92,7 @@ async def sold(inventory: Inventory, sale: FlashSale) -> bool:
     return screen.verdict(console, proof, tally.contradictions, "Redis, the database and what the buyers were told")
 
 
-async def replayed(inventory: Inventory, path: Path) -> bool:
+async def replayed(place: AbstractAsyncContextManager[Inventory], path: Path) -> bool:
     from rich.console import Console
 
     from inventory_sdk.cli import screen
@@ -94,8 +106,7 @@ async def replayed(inventory: Inventory, path: Path) -> bool:
     except UnreadableOrders as error:
         raise refuse(str(error)) from None
     console = Console()
-    async with AsyncExitStack() as stack:
-        await begun(stack, inventory)
+    async with place as inventory:
         with screen.progress(console, path.name, len(acts)) as advance:
             outcome = await replay(inventory, acts, lambda done: advance(done, ""))
         counted = recount(path)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
-from inventory_sdk.cli.options import DatabaseUrl, Namespace, QueueUrl, RedisUrl, refuse, run
+from inventory_sdk.cli.options import DatabaseUrl, Namespace, QueueUrl, RedisUrl, TablePrefix, refuse, run
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -22,6 +22,7 @@ PATIENCE: Final = 10.0
 """Seconds that one look may take."""
 OLDEST_REDIS: Final = (7, 0)
 """Scripts read the clock and then write, which older ones refuse by default."""
+SHOWN: Final = 3
 CLOCK_APART: Final = 5.0
 """Seconds between Redis' clock and ours that people would notice in ``expires_at``."""
 
@@ -45,6 +46,7 @@ class Deployment:
     namespace: str
     partitions: int
     durability: str | None
+    prefix: str = "inventory_"
 
     @property
     def default_durability(self) -> str:
@@ -58,6 +60,7 @@ def doctor(
     namespace: Namespace = "inventory",
     partitions: Annotated[int, typer.Option(min=1, envvar="INVENTORY_PARTITIONS")] = 1,
     durability: Annotated[str | None, typer.Option(help=f"A level it must keep: {', '.join(LEVELS)}")] = None,
+    prefix: TablePrefix = "inventory_",
 ) -> None:
     """Check every connection and every setting that would break a promise. Exit code 1 when something must change."""
     if durability is not None and durability not in LEVELS:
@@ -66,7 +69,7 @@ def doctor(
         raise refuse("no Redis: give --redis or set INVENTORY_REDIS_URL")
     if database is None:
         raise refuse("no database: give --database or set INVENTORY_DATABASE_URL")
-    run(report(Deployment(redis, queue, database, namespace, partitions, durability)))
+    run(report(Deployment(redis, queue, database, namespace, partitions, durability, prefix)))
 
 
 async def report(deployment: Deployment) -> bool:
@@ -195,7 +198,7 @@ async def look_at_workers(deployment: Deployment, client: Redis, facts: dict[str
 async def look_at_database(deployment: Deployment, facts: dict[str, Any], note: Note) -> None:
     from inventory_sdk.ledger.sql import SqlLedger
 
-    ledger = SqlLedger(deployment.database)
+    ledger = SqlLedger(deployment.database, deployment.prefix)
     await ledger.start()
     try:
         wrong = await ledger.check_schema()
@@ -203,8 +206,10 @@ async def look_at_database(deployment: Deployment, facts: dict[str, Any], note: 
         await ledger.close()
     facts["database"] = True
     note(Finding("database", f"answers at {shown(deployment.database)}"))
-    for what in wrong:
-        note(Finding("schema", what, "run: inventory-sdk schema"))
+    for what in wrong[:SHOWN]:
+        note(Finding("schema", "not as it must be", what))
+    if len(wrong) > SHOWN:
+        note(Finding("schema", f"{len(wrong) - SHOWN} more", "inventory-sdk schema --check lists them all"))
     if not wrong:
         note(Finding("schema", "every table is there"))
 

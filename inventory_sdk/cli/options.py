@@ -1,33 +1,22 @@
-"""The options that several commands share, and the Inventory they describe."""
+"""The options that several commands share, and how a command ends."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from inventory_sdk.inventory import Inventory
-
-EMBEDDED: Final = "memory://"
-
 RedisUrl = Annotated[str | None, typer.Option("--redis", envvar="INVENTORY_REDIS_URL", help="redis://host:port/db")]
-QueueUrl = Annotated[
-    str | None, typer.Option("--queue", envvar="INVENTORY_QUEUE_URL", help="amqp://… (without: the journal in Redis)")
-]
+QueueUrl = Annotated[str | None, typer.Option("--queue", envvar="INVENTORY_QUEUE_URL", help="amqp://… (without: the journal in Redis)")]
 DatabaseUrl = Annotated[
     str | None, typer.Option("--database", envvar="INVENTORY_DATABASE_URL", help="postgresql+asyncpg://…, mysql+asyncmy://…")
 ]
 Namespace = Annotated[str, typer.Option("--namespace", envvar="INVENTORY_NAMESPACE", help="What all keys begin with.")]
 
 
-def inventory_for(redis: str | None, queue: str | None, database: str | None, namespace: str) -> Inventory:
-    """An Inventory that is not started. Without a Redis URL everything is embedded."""
-    from inventory_sdk.inventory import Inventory
-
-    return Inventory(redis or EMBEDDED, queue=queue, database=database, namespace=namespace)
+TablePrefix = Annotated[str, typer.Option("--prefix", help="What the ledger's tables are named with.")]
 
 
 def refuse(message: str) -> typer.Exit:

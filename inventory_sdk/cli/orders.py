@@ -71,9 +71,7 @@ def read_orders(path: Path) -> Iterator[OrderLine]:
             try:
                 quantity = int(row["quantity"])
             except (TypeError, ValueError):
-                raise UnreadableOrders(
-                    f"{path}, line {rows.line_num}: quantity={row['quantity']!r} is not a whole number"
-                ) from None
+                raise UnreadableOrders(f"{path}, line {rows.line_num}: quantity={row['quantity']!r} is not a whole number") from None
             if quantity > 0 and row["invoice"].startswith("C"):
                 raise UnreadableOrders(f"{path}, line {rows.line_num}: quantity={quantity} in cancellation {row['invoice']}")
             if quantity:
@@ -116,10 +114,7 @@ def plan(lines: Iterable[OrderLine]) -> list[Act]:
             acts.append(sale)
             for each in part:
                 returnable[merchant, customers[each.sku], each.sku].append((sale.operation_id, each.quantity))
-        acts += [
-            Act("adjust", merchant, f"{invoice}/adjust/{number}", invoice, part)
-            for number, part in enumerate(chunked(lost.items()))
-        ]
+        acts += [Act("adjust", merchant, f"{invoice}/adjust/{number}", invoice, part) for number, part in enumerate(chunked(lost.items()))]
         needed[merchant].update(sold)
         needed[merchant].update(lost)
     opening = [

@@ -76,9 +76,7 @@ async def call(inventory: Inventory, act: Act) -> Receipt:
     if act.kind == "restock":
         return await stock.restock(act.lines, merchant=act.merchant, operation_id=act.operation_id, order=order)
     if act.kind == "adjust":
-        return await stock.adjust(
-            act.lines, merchant=act.merchant, operation_id=act.operation_id, order=order, reason="in the orders file"
-        )
+        return await stock.adjust(act.lines, merchant=act.merchant, operation_id=act.operation_id, order=order, reason="in the orders file")
     assert act.of is not None
     return await stock.take_back(act.lines, of=act.of, merchant=act.merchant, operation_id=act.operation_id, order=order)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inventory_sdk.cli.options import DatabaseUrl, refuse, run
+from inventory_sdk.cli.options import DatabaseUrl, TablePrefix, refuse, run
 
 if TYPE_CHECKING:
     from inventory_sdk.ledger.protocol import Ledger
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def schema(
     database: DatabaseUrl = None,
-    prefix: Annotated[str, typer.Option(help="What the tables' names begin with.")] = "inventory_",
+    prefix: TablePrefix = "inventory_",
     sql: Annotated[bool, typer.Option("--sql", help="Print the statements, touch nothing.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Say what is missing or wrong, change nothing.")] = False,
 ) -> None:
@@ -28,7 +28,7 @@ def schema(
         return
     from inventory_sdk.ledger.sql import SqlLedger
 
-    ledger = SqlLedger(database, prefix=prefix)
+    ledger = SqlLedger(database, prefix)
     run(checked(ledger) if check else created(ledger))
 
 

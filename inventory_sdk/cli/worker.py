@@ -87,7 +87,16 @@ async def serve(inventory: Inventory) -> bool:
 
 
 async def until(inventory: Inventory, stop: asyncio.Event) -> None:
-    async with inventory, inventory.worker():
-        log.info("worker is running")
-        await stop.wait()
+    """Until ``stop``, or until a task of the worker dies, which is raised: whoever supervises the process starts it anew."""
+    async with inventory.worker() as working:
+        log.info("worker %s is running", working.name)
+        waits = [asyncio.ensure_future(working.wait()), asyncio.ensure_future(stop.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if waits[0].done():
+                waits[0].result()
+        finally:
+            for each in waits:
+                each.cancel()
+            await asyncio.wait(waits)
     log.info("worker has ended")

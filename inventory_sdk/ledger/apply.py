@@ -28,14 +28,17 @@ if TYPE_CHECKING:
 
 ENTRY: Final = ("partition", "epoch", "seq", "nonce", "at_ms", "operations")
 VOID: Final = ("partition", "epoch", "seq", "index", "key", "kind", "reference", "deltas", "freeze", "state")
-HEADER: Final = ("key", "partition", "epoch", "seq", "state", "fingerprint", "order_id", "expires_at", "pinned")
+HEADER: Final = (
+    "key", "partition", "epoch", "seq", "state", "fingerprint", "order_id", "expires_at", "pinned", "opened_ms", "reported",
+)  # fmt: skip
 LINE: Final = ("key", "merchant", "sku", "original", "open", "confirmed", "released")
 POSITION: Final = ("partition", "epoch", "seq", "index")
 
 _MOVING: Final = frozenset(LEDGER_DELTAS) | {Kind.UNDO}
-_REFERRING: Final = frozenset(
-    {Kind.CONFIRM, Kind.RELEASE, Kind.EXPIRE, Kind.REACQUIRE, Kind.UNDO, Kind.KEEP, Kind.TOMBSTONE, Kind.EXTEND, Kind.PIN, Kind.RESUME}
-)
+_REFERRING: Final = frozenset({
+    Kind.CONFIRM, Kind.RELEASE, Kind.EXPIRE, Kind.REACQUIRE, Kind.UNDO, Kind.KEEP, Kind.TOMBSTONE, Kind.EXTEND, Kind.PIN,
+    Kind.RESUME,
+})  # fmt: skip
 
 
 async def apply(
@@ -45,17 +48,27 @@ async def apply(
     epoch: int,
     entries: Sequence[JournalEntry],
     writes: Sequence[WritesStock],
+    lost: Sequence[int] = (),
+    careful: bool = False,
 ) -> Applied:
-    """See ``Ledger.apply``; the caller commits."""
-    applied = await _lock(connection, store, partition, epoch)
-    fresh, redelivered = await _sift(connection, store, partition, epoch, entries, applied)
-    if not fresh:
+    """See ``Ledger.apply``; the caller commits.
+
+    A repeated id is rare and looking for one costs as much as writing the row, so at first the unique constraints are trusted to
+    find it: on ``IntegrityError`` the caller rolls back and comes again with ``careful``.
+    """
+    state, applied = await _lock(connection, store, partition, epoch)
+    if lost and state != DRAINING:
+        raise ValueError(f"partition {partition}: epoch {epoch} is {state}, nothing of it is lost for good")
+    fresh, gone, redelivered = await _sift(connection, store, partition, epoch, entries, lost, applied)
+    if not fresh and not gone:
         return Applied(applied, 0, (), redelivered, 0)
-    known = await _learn(connection, store, partition, epoch, fresh)
-    verdicts = Verdicts(partition, known, movements=bool(writes))
-    for entry in fresh:
-        verdicts.walk(entry)
-    last = fresh[-1].sequence
+    verdicts = await _judge(connection, store, partition, epoch, fresh, bool(writes), careful)
+    if verdicts.refusals and not careful:
+        # A refused row claims nothing, so no constraint tells whether it was a repeat.
+        verdicts = await _judge(connection, store, partition, epoch, fresh, bool(writes), True)
+    last = applied + len(fresh) + len(gone)
+    # A lost entry has a row too, with no nonce: one that turns up later is a fork, and never mistaken for a redelivery.
+    await store.bulk.insert(connection, store.tables.entry, ENTRY, [(partition, epoch, seq, "", 0, 0) for seq in gone])
     await _write(connection, store, fresh, verdicts)
     table = store.tables.partition
     moved = await connection.execute(
@@ -70,7 +83,7 @@ async def apply(
     return Applied(last, len(verdicts.operations), tuple(verdicts.refusals), redelivered, len(verdicts.tasks))
 
 
-async def _lock(connection: AsyncConnection, store: Store, partition: int, epoch: int) -> int:
+async def _lock(connection: AsyncConnection, store: Store, partition: int, epoch: int) -> tuple[str, int]:
     table = store.tables.partition
     query = select(table.c.state, table.c.applied).where(table.c.partition == partition, table.c.epoch == epoch).with_for_update()
     if store.dialect == "postgresql":
@@ -79,38 +92,43 @@ async def _lock(connection: AsyncConnection, store: Store, partition: int, epoch
     row = (await connection.execute(query)).first()
     if epoch <= 0 or row is None or row[0] not in (OPEN, DRAINING):
         raise EpochClosed(f"partition {partition}: epoch {epoch} is {row[0] if row else 'unknown'}, nothing is applied in it")
-    return int(row[1])
+    return str(row[0]), int(row[1])
 
 
 async def _sift(
-    connection: AsyncConnection, store: Store, partition: int, epoch: int, entries: Sequence[JournalEntry], applied: int
-) -> tuple[list[JournalEntry], int]:
-    """Entries behind the watermark, and how many were there before."""
-    fresh: list[JournalEntry] = []
-    nonces: dict[int, str] = {}
+    connection: AsyncConnection,
+    store: Store,
+    partition: int,
+    epoch: int,
+    entries: Sequence[JournalEntry],
+    lost: Sequence[int],
+    applied: int,
+) -> tuple[list[JournalEntry], list[int], int]:
+    """Entries behind the watermark, lost sequences behind it, and how many entries were there before."""
+    new: dict[int, JournalEntry] = {}
     old: list[JournalEntry] = []
-    for entry in sorted(entries, key=lambda entry: entry.sequence):
+    for entry in entries:
         if (entry.partition, entry.epoch) != (partition, epoch):
-            raise ValueError(f"entry {entry.partition}/{entry.epoch}-{entry.sequence} is not of partition {partition}, epoch {epoch}")
-        if entry.sequence <= applied:
+            where = f"{entry.partition}/{entry.epoch}-{entry.sequence}"
+            raise ValueError(f"entry {where} is not of partition {partition}, epoch {epoch}")
+        if entry.sequence <= applied or entry.sequence in new:
             old.append(entry)
-        elif entry.sequence in nonces:
-            if nonces[entry.sequence] != entry.nonce:
-                raise _fork(entry)
-            old.append(entry)
-        elif entry.sequence != applied + len(fresh) + 1:
-            raise WatermarkMoved(f"partition {partition}: the watermark is {epoch}-{applied}, next came {epoch}-{entry.sequence}")
         else:
-            nonces[entry.sequence] = entry.nonce
-            fresh.append(entry)
+            new[entry.sequence] = entry
+    gone = sorted({sequence for sequence in lost if sequence > applied})
+    if both := new.keys() & set(gone):
+        raise ValueError(f"partition {partition}: {sorted(both)} of epoch {epoch} are here and lost at once")
+    for expected, sequence in enumerate(sorted([*new, *gone]), applied + 1):
+        if sequence != expected:
+            raise WatermarkMoved(f"partition {partition}: {epoch}-{expected} comes next, not {epoch}-{sequence}")
+    nonces = {sequence: entry.nonce for sequence, entry in new.items()}
     asked = {(partition, epoch, entry.sequence) for entry in old if entry.sequence <= applied}
     keys = ("partition", "epoch", "seq")
-    for seq, nonce in await store.bulk.select(connection, store.tables.entry, ("seq", "nonce"), keys, asked):
-        nonces[seq] = nonce
+    nonces.update(await store.bulk.select(connection, store.tables.entry, ("seq", "nonce"), keys, asked))
     for entry in old:
         if nonces.get(entry.sequence) != entry.nonce:
             raise _fork(entry)
-    return fresh, len(old)
+    return [new[sequence] for sequence in sorted(new)], gone, len(old)
 
 
 def _fork(entry: JournalEntry) -> ForkFound:
@@ -118,31 +136,43 @@ def _fork(entry: JournalEntry) -> ForkFound:
     return ForkFound(f"journal entry {where}: nonce {entry.nonce!r} is not the one that the ledger has applied there")
 
 
-async def _learn(connection: AsyncConnection, store: Store, partition: int, epoch: int, fresh: Sequence[JournalEntry]) -> Known:
-    """Read all that the decisions need, a statement per table."""
+async def _judge(
+    connection: AsyncConnection, store: Store, partition: int, epoch: int, fresh: Sequence[JournalEntry], movements: bool, careful: bool
+) -> Verdicts:
+    verdicts = Verdicts(partition, await _learn(connection, store, partition, epoch, fresh, careful), movements)
+    for entry in fresh:
+        verdicts.walk(entry)
+    return verdicts
+
+
+async def _learn(
+    connection: AsyncConnection, store: Store, partition: int, epoch: int, fresh: Sequence[JournalEntry], careful: bool
+) -> Known:
+    """Read all that the decisions need, a statement per table; ``careful``: also whether new ids are known already."""
     claims: set[str] = set()
     reservations: set[str] = set()
     fields: set[str] = set()
     references: set[str] = set()
     deducts: set[str] = set()
-    credits: set[int] = set()
+    made: set[int] = set()
     voids: set[tuple[int, int, int]] = set()
     for entry in fresh:
         for operation in entry.operations:
             kind = operation.kind
-            if kind in CLAIMING:
+            if careful and kind in CLAIMING:
                 claims.add(operation.key)
             if kind in _MOVING:
                 fields.update(operation.lines[::2])
             if kind == Kind.RESERVE:
-                reservations.add(operation.key)
+                if careful:
+                    reservations.add(operation.key)
             elif kind in _REFERRING:
                 references.add(operation.reference)
                 if kind == Kind.UNDO or kind == Kind.KEEP:
                     claims.add(operation.reference)
                     deducts.add(operation.reference)
             elif kind == Kind.CREDIT:
-                credits.add(parse_position(operation, parse_json(operation.extra, operation.key), 2)[1])
+                made.add(parse_position(operation, parse_json(operation.extra, operation.key), 2)[1])
             elif kind == Kind.VOID:
                 at = parse_position(operation, parse_json(operation.extra, operation.key), 3)
                 voids.add((at[0], at[1], at[2]))
@@ -152,8 +182,8 @@ async def _learn(connection: AsyncConnection, store: Store, partition: int, epoc
         known.refused = await _refused_takes(connection, store, references)
     if deducts:
         known.returned = await _returned(connection, store, deducts)
-    if credits:
-        pending = await rows.pending_credits(connection, store, partition, epoch, credits)
+    if made:
+        pending = await rows.pending_credits(connection, store, partition, epoch, made)
         known.credits = {credit.position.sequence for credit in pending}
     if voids:
         asked = {(partition, *at) for at in voids}
@@ -207,13 +237,12 @@ async def move_stock(connection: AsyncConnection, store: Store, stock: dict[str,
     if not moved:
         return
     names = (*COUNTERS, "version")
+    keys = ("merchant", "sku")
     added = [
         (row.merchant, row.sku, *[after - before for after, before in zip(row.after(), row.before, strict=True)]) for row in moved
     ]
     table = store.tables.stock
-    await store.bulk.update(connection, table, ("merchant", "sku"), names, added, add=True)
-    keys = [(row.merchant, row.sku) for row in moved]
-    found = await store.bulk.select(connection, table, ("merchant", "sku", *names), ("merchant", "sku"), keys)
+    found = await store.bulk.add(connection, table, keys, names, added, keys + names)
     standing = {(merchant, sku): tuple(counters) for merchant, sku, *counters in found}
     mismatches: list[tuple[str, int, int]] = []
     for row in moved:
@@ -243,18 +272,16 @@ async def write_holds(connection: AsyncConnection, store: Store, holds: Iterable
             continue
         if hold.touched:
             touched.append((hold.key, hold.state, hold.fingerprint, hold.expires_at, hold.pinned))
-        for field in hold.moved:
-            moved.append((hold.key, *split_key(field), *hold.lines[field][1:]))
+        moved += [(hold.key, *split_key(field), *hold.lines[field][1:]) for field in hold.moved]
         lines += [(hold.key, *split_key(field), *hold.lines[field]) for field in hold.born]
-    await bulk.insert(
-        connection,
-        header,
-        HEADER,
-        [
-            (hold.key, hold.partition, hold.epoch, hold.seq, hold.state, hold.fingerprint, hold.order or None, hold.expires_at, hold.pinned)
-            for hold in new
-        ],
-    )
+    headers = [
+        (
+            hold.key, hold.partition, hold.epoch, hold.seq, hold.state, hold.fingerprint, hold.order or None, hold.expires_at,
+            hold.pinned, hold.opened_ms, False,
+        )
+        for hold in new
+    ]  # fmt: skip
+    await bulk.insert(connection, header, HEADER, headers)
     lines += [(hold.key, *split_key(field), *counts) for hold in new for field, counts in hold.lines.items()]
     await bulk.insert(connection, line, LINE, lines)
     await bulk.update(connection, header, ("key",), ("state", "fingerprint", "expires_at", "pinned"), touched)
@@ -272,4 +299,4 @@ async def call_writes(connection: AsyncConnection, writes: Sequence[WritesStock]
         except Exception as error:
             raise WritesStockFailed(f"writes_stock {name} raised {error!r}") from error
         if not connection.in_transaction():
-            raise InventoryError(f"writes_stock {name} ended the ledger's transaction: use its session, not its connection's root")
+            raise InventoryError(f"writes_stock {name} ended the ledger's transaction: use the session, not its connection")

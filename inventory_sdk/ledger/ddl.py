@@ -56,7 +56,7 @@ def _inspect(connection: Connection, store: Store) -> list[str]:
             elif isinstance(column.type, Key):
                 wrong += _compares(store, table.name, column.name, found["type"])
         if table is store.tables.operation:
-            unique = [index["column_names"] for index in inspector.get_indexes(table.name) if index["unique"]]
+            unique: list[Any] = [index["column_names"] for index in inspector.get_indexes(table.name) if index["unique"]]
             unique += [constraint["column_names"] for constraint in inspector.get_unique_constraints(table.name)]
             if ["claim"] not in unique:
                 wrong.append(f"table {table.name}: claim must be unique")

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from inventory_sdk.errors import InventoryError
 from inventory_sdk.ledger.protocol import Refusal
-from inventory_sdk.ledger.store import clean, dumps
+from inventory_sdk.ledger.store import PENDING, clean, dumps
 from inventory_sdk.model import (
     LEDGER_DELTAS,
     SEPARATOR,
@@ -43,7 +43,7 @@ OPERATION: Final = (
 CLAIM, STATUS, KEPT = OPERATION.index("claim"), OPERATION.index("status"), OPERATION.index("kept")
 
 CHANGE: Final = (
-    "partition", "epoch", "seq", "index", "line", "merchant", "sku", "version", "quantity",
+    "merchant", "sku", "version", "partition", "epoch", "seq", "index", "line", "quantity",
     "available_delta", "reserved_delta", "sold_delta", "supplied_delta", "written_off_delta",
     "available_before", "reserved_before", "sold_before", "supplied_before", "written_off_before",
     "available_after", "reserved_after", "sold_after", "supplied_after", "written_off_after",
@@ -119,6 +119,7 @@ class Hold:
     expires_at: int
     pinned: bool
     lines: dict[str, list[int]]
+    opened_ms: int = 0
     stored: bool = False
     touched: bool = False
     moved: set[str] = field(default_factory=set)
@@ -297,12 +298,9 @@ class Verdicts:
             self._pend(operation, deltas, freeze)
 
     def _pend(self, operation: JournalOperation, deltas: list[Any], freeze: bool) -> None:
-        self.voids.append(
-            (
-                self.partition, self._epoch, self._seq, self._index, operation.key, operation.kind, operation.reference or None,
-                dumps(deltas), freeze, "pending",
-            )  # fmt: skip
-        )
+        place = (self.partition, self._epoch, self._seq, self._index)
+        what = (operation.key, operation.kind, operation.reference or None)
+        self.voids.append((*place, *what, dumps(deltas), freeze, PENDING))
 
     # Counters.
 
@@ -317,23 +315,23 @@ class Verdicts:
             if row is None:
                 return self._revert(start)
             a, r, s, u, w = row.available, row.reserved, row.sold, row.supplied, row.written_off
-            da, dr, ds, du, dw = available * quantity, reserved * quantity, sold * quantity, supplied * quantity, written_off * quantity
+            da, dr, ds = available * quantity, reserved * quantity, sold * quantity
+            du, dw = supplied * quantity, written_off * quantity
             na, nr, ns, nu, nw = a + da, r + dr, s + ds, u + du, w + dw
             if na < 0 or nr < 0 or ns < 0 or nu < 0 or nw < 0:
                 return self._revert(start)
             row.available, row.reserved, row.sold, row.supplied, row.written_off = na, nr, ns, nu, nw
             row.version += 1
-            self.changes.append(
-                (
-                    self.partition, self._epoch, self._seq, self._index, at >> 1, row.merchant, row.sku, row.version, quantity,
-                    da, dr, ds, du, dw, a, r, s, u, w, na, nr, ns, nu, nw,
-                )  # fmt: skip
-            )
+            change = (
+                row.merchant, row.sku, row.version, self.partition, self._epoch, self._seq, self._index, at >> 1, quantity,
+                da, dr, ds, du, dw, a, r, s, u, w, na, nr, ns, nu, nw,
+            )  # fmt: skip
+            self.changes.append(change)
         return True
 
     def _revert(self, start: int) -> bool:
         for change in reversed(self.changes[start:]):
-            row = self.known.stock[change[5] + SEPARATOR + change[6]]
+            row = self.known.stock[change[0] + SEPARATOR + change[1]]
             row.available, row.reserved, row.sold, row.supplied, row.written_off = change[14:19]
             row.version -= 1
         del self.changes[start:]
@@ -348,13 +346,10 @@ class Verdicts:
         for at in range(0, len(lines), 2):
             merchant, sku = split_key(lines[at])
             quantity = lines[at + 1]
-            self.movements.append(
-                Movement(
-                    merchant, sku, operation.kind, quantity,
-                    per_unit.available * quantity, per_unit.reserved * quantity, per_unit.sold * quantity,
-                    operation.operation_id, operation.order or order or None, name, position, self._index, extra.get("reason"),
-                )  # fmt: skip
-            )
+            moved = (per_unit.available * quantity, per_unit.reserved * quantity, per_unit.sold * quantity)
+            whose = (operation.operation_id, operation.order or order or None, name)
+            where = (position, self._index, extra.get("reason"))
+            self.movements.append(Movement(merchant, sku, operation.kind, quantity, *moved, *whose, *where))
 
     # Takes.
 
@@ -365,10 +360,12 @@ class Verdicts:
 
     def _take(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         if operation.key in self.known.claims:
-            return self._refuse(operation, extra, "duplicate", freeze=False)
+            self._refuse(operation, extra, "duplicate", freeze=False)
+            return
         per_unit = LEDGER_DELTAS[operation.kind]
         if not self._move(operation.lines, per_unit):
-            return self._refuse(operation, extra, "insufficient", freeze=True)
+            self._refuse(operation, extra, "insufficient", freeze=True)
+            return
         self._claim(operation, self._accept(operation, extra))
         if self._moving:
             self._tell(operation, per_unit, extra, None, "")
@@ -376,10 +373,12 @@ class Verdicts:
     def _reserve(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         key, lines = operation.key, operation.lines
         if key in self.known.claims or key in self.known.holds:
-            return self._refuse(operation, extra, "duplicate", freeze=False)
+            self._refuse(operation, extra, "duplicate", freeze=False)
+            return
         per_unit = LEDGER_DELTAS[Kind.RESERVE]
         if not self._move(lines, per_unit):
-            return self._refuse(operation, extra, "insufficient", freeze=True)
+            self._refuse(operation, extra, "insufficient", freeze=True)
+            return
         self._claim(operation, self._accept(operation, extra))
         counts = {lines[at]: [lines[at + 1], lines[at + 1], 0, 0] for at in range(0, len(lines), 2)}
         self._hold(operation, key, HELD, counts)
@@ -389,7 +388,7 @@ class Verdicts:
     def _hold(self, operation: JournalOperation, key: str, state: str, counts: dict[str, list[int]]) -> None:
         self.known.holds[key] = Hold(
             key, state, operation.fingerprint, self.partition, self._epoch, self._seq, operation.order, operation.expires_at,
-            False, counts,
+            False, counts, self._at_ms,
         )  # fmt: skip
 
     # What ends a hold.
@@ -397,13 +396,16 @@ class Verdicts:
     def _close(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         kind, lines, reference = operation.kind, operation.lines, operation.reference
         if kind != Kind.EXPIRE and operation.key in self.known.claims:
-            return self._refuse(operation, extra, "duplicate", freeze=False)
+            self._refuse(operation, extra, "duplicate", freeze=False)
+            return
         hold = self.known.holds.get(reference)
         if hold is None or not hold.has(lines, 1):
-            return self._refuse(operation, extra, "closed", freeze=reference not in self.known.refused)
+            self._refuse(operation, extra, "closed", freeze=reference not in self.known.refused)
+            return
         per_unit = LEDGER_DELTAS[kind]
         if not self._move(lines, per_unit):
-            return self._refuse(operation, extra, "insufficient", freeze=True)
+            self._refuse(operation, extra, "insufficient", freeze=True)
+            return
         row = self._accept(operation, extra)
         if kind == Kind.CONFIRM:
             hold.close(lines, 2, None)
@@ -417,13 +419,16 @@ class Verdicts:
     def _reacquire(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         lines, reference = operation.lines, operation.reference
         if operation.key in self.known.claims:
-            return self._refuse(operation, extra, "duplicate", freeze=False)
+            self._refuse(operation, extra, "duplicate", freeze=False)
+            return
         hold = self.known.holds.get(reference)
         if hold is None or not hold.has(lines, 3):
-            return self._refuse(operation, extra, "closed", freeze=reference not in self.known.refused)
+            self._refuse(operation, extra, "closed", freeze=reference not in self.known.refused)
+            return
         per_unit = LEDGER_DELTAS[Kind.REACQUIRE]
         if not self._move(lines, per_unit):
-            return self._refuse(operation, extra, "insufficient", freeze=True)
+            self._refuse(operation, extra, "insufficient", freeze=True)
+            return
         self._claim(operation, self._accept(operation, extra))
         for at in range(0, len(lines), 2):
             counts = hold.lines[lines[at]]
@@ -456,10 +461,12 @@ class Verdicts:
         )
         whole = kind != Kind.RESERVE or (hold is not None and all(counts[0] == counts[1] for counts in hold.lines.values()))
         if take is None or not standing or not whole:
-            return self._refuse(operation, extra, "closed", freeze=reference not in known.refused, signs=signs)
+            self._refuse(operation, extra, "closed", freeze=reference not in known.refused, signs=signs)
+            return
         per_unit = LEDGER_DELTAS[kind].negated()
         if not self._move(operation.lines, per_unit):
-            return self._refuse(operation, extra, "insufficient", freeze=True, signs=signs)
+            self._refuse(operation, extra, "insufficient", freeze=True, signs=signs)
+            return
         self._accept(operation, extra)
         del known.claims[reference]
         if take.row is None:
@@ -481,7 +488,8 @@ class Verdicts:
     def _keep(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         take = self.known.claims.get(operation.reference)
         if take is None:
-            return self._refuse(operation, extra, "closed", freeze=False)
+            self._refuse(operation, extra, "closed", freeze=False)
+            return
         self._accept(operation, extra)
         if take.row is None:
             self.kept.append((take.epoch, take.seq, take.index))
@@ -496,14 +504,12 @@ class Verdicts:
     def _mark(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         hold = self.known.holds.get(operation.reference)
         if hold is None or hold.state != HELD:
-            return self._refuse(operation, extra, "closed", freeze=False)
+            self._refuse(operation, extra, "closed", freeze=False)
+            return
         self._accept(operation, extra)
-        if operation.kind == Kind.PIN:
-            hold.pinned = True
-        else:
-            hold.expires_at = operation.expires_at
-            if operation.kind == Kind.RESUME:
-                hold.pinned = False
+        hold.expires_at = operation.expires_at
+        if operation.kind != Kind.EXTEND:
+            hold.pinned = operation.kind == Kind.PIN
         hold.touched = True
 
     def _credit(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
@@ -512,7 +518,8 @@ class Verdicts:
             raise InventoryError(f"journal entry {self._where()}: a credit is of epoch 0: {operation.extra!r}")
         if seq not in self.known.credits:
             # Redis was raised twice for one credit: take the second back.
-            return self._refuse(operation, extra, "duplicate", freeze=False)
+            self._refuse(operation, extra, "duplicate", freeze=False)
+            return
         self._accept(operation, extra)
         self.known.credits.discard(seq)
         self.credits.append(seq)
@@ -530,7 +537,8 @@ class Verdicts:
                 Refusal(position, self._index, operation.kind, operation.key, "duplicate", tuple(operation.lines))
             )
             back = [value if place % 3 == 0 else -value for place, value in enumerate(deltas)]
-            return self._pend(operation, back, freeze=False)
+            self._pend(operation, back, freeze=False)
+            return
         self._accept(operation, extra)
         self.known.voids_made.add(at)
         self.voided.append(at)

@@ -4,6 +4,7 @@ One statement per table and batch, whatever its size: PostgreSQL takes arrays (`
 UNION, SQLite ``executemany`` (no server, so no round trip). They go to the driver as they are: SQLAlchemy's per-row parameter
 processing would cost more than the database does.
 
+Names in the statements are those of our own tables, quoted; values always travel as parameters (hence the ignored S608).
 A write that touched another number of rows than it was given raises ``QuantityMismatch``: nothing is taken on trust.
 """
 
@@ -16,7 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from sqlalchemy import BigInteger, Boolean, Dialect, Integer, Table
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from inventory_sdk.errors import InventoryError, QuantityMismatch
 from inventory_sdk.ledger.schema import Key
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Row = tuple[Any, ...]
 Lock = Literal["", "update", "share"]
+
+KNOWN: Final = "the ledger runs on postgresql, mysql (MariaDB) and sqlite"
 
 COPIED: Final = 32
 """Rows from which COPY is worth its round trip. Its binary rows cost asyncpg a third of what the same arrays do."""
@@ -55,11 +58,18 @@ class Bulk(ABC):
     ) -> None:
         """Rows are key values followed by column values; ``add`` adds them to what is there. Every row must exist."""
 
+    async def add(
+        self, connection: AsyncConnection, table: Table, keys: Row, columns: Row, rows: Sequence[Row], names: Row
+    ) -> list[Row]:
+        """``update`` with ``add``, and what stands there afterwards: ``names`` of these rows, in any order."""
+        await self.update(connection, table, keys, columns, rows, add=True)
+        return await self.select(connection, table, names, keys, [row[: len(keys)] for row in rows])
+
     @abstractmethod
     async def select(
         self, connection: AsyncConnection, table: Table, columns: Row, keys: Row, values: Iterable[Row], lock: Lock = ""
     ) -> list[Row]:
-        """The rows that exist, in order of their keys; locked in that order too."""
+        """The rows that exist; with a lock, taken and answered in order of their keys."""
 
     @abstractmethod
     async def delete(self, connection: AsyncConnection, table: Table, keys: Row, values: Sequence[Row]) -> None:
@@ -70,12 +80,6 @@ class Bulk(ABC):
 
     def _equal(self, keys: Iterable[str], left: str = "t.", right: str = "d.") -> str:
         return " AND ".join(f"{left}{self._quote(name)} = {right}{self._quote(name)}" for name in keys)
-
-
-def _driver_errors() -> tuple[type[Exception], ...]:
-    import asyncpg
-
-    return (asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
 
 
 def _counted(table: Table, asked: int, found: int) -> None:
@@ -102,17 +106,24 @@ class PostgresqlBulk(Bulk):
     def _compose(self, what: str, table: Table, keys: Row, columns: Row, option: Any, count: int) -> str:
         name = self._quote(table.name)
         if what == "insert":
-            return f"INSERT INTO {name} ({self._names(columns)}) SELECT {self._names(columns)} FROM {self._unnest(table, columns)}"
+            named = self._names(columns)
+            return f"INSERT INTO {name} ({named}) SELECT {named} FROM {self._unnest(table, columns)}"  # noqa: S608
         source = self._unnest(table, keys)
         if what == "delete":
-            return f"DELETE FROM {name} AS t USING {source} WHERE {self._equal(keys)}"
+            return f"DELETE FROM {name} AS t USING {source} WHERE {self._equal(keys)}"  # noqa: S608
         if what == "update":
             plus = "t.{0} + d.{0}" if option else "d.{0}"
             setting = ", ".join(f"{self._quote(c)} = {plus.format(self._quote(c))}" for c in columns)
-            return f"UPDATE {name} AS t SET {setting} FROM {self._unnest(table, keys + columns)} WHERE {self._equal(keys)}"
-        lock = {"": "", "update": " FOR UPDATE OF t", "share": " FOR SHARE OF t"}[option]
-        order = self._names(keys, "t.")
-        return f"SELECT {self._names(columns, 't.')} FROM {name} AS t JOIN {source} ON {self._equal(keys)} ORDER BY {order}{lock}"
+            changed = f"UPDATE {name} AS t SET {setting} FROM {self._unnest(table, keys + columns)} WHERE {self._equal(keys)}"  # noqa: S608
+            return f"{changed} RETURNING {self._names(option, 't.')}" if isinstance(option, tuple) else changed
+        chosen = f"SELECT {self._names(columns, 't.')} FROM {name} AS t"  # noqa: S608
+        if len(keys) == 1:
+            chosen += f" WHERE t.{self._quote(keys[0])} = ANY($1::{self._array(table, keys[0])})"
+        else:
+            chosen += f" JOIN {source} ON {self._equal(keys)}"
+        if not option:
+            return chosen
+        return f"{chosen} ORDER BY {self._names(keys, 't.')} FOR {option.upper()} OF t"
 
     async def insert(self, connection: AsyncConnection, table: Table, columns: Row, rows: Sequence[Sequence[Any]]) -> None:
         if len(rows) < COPIED:
@@ -121,12 +132,15 @@ class PostgresqlBulk(Bulk):
                 done = await connection.exec_driver_sql(sql, tuple(zip(*rows, strict=True)))
                 _counted(table, len(rows), done.rowcount)
             return
+        import asyncpg
+
         raw = await connection.get_raw_connection()
         driver: Any = raw.driver_connection
         try:
             done = await driver.copy_records_to_table(table.name, records=rows, columns=columns)
-        except (_driver_errors()) as error:
-            raise DBAPIError(f"COPY {table.name}", None, error) from error
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            kind = IntegrityError if isinstance(error, asyncpg.IntegrityConstraintViolationError) else DBAPIError
+            raise kind(f"COPY {table.name}", None, error) from error
         _counted(table, len(rows), int(done.rpartition(" ")[2]))
 
     async def update(
@@ -154,6 +168,16 @@ class PostgresqlBulk(Bulk):
             _counted(table, len(values), done.rowcount)
 
 
+    async def add(
+        self, connection: AsyncConnection, table: Table, keys: Row, columns: Row, rows: Sequence[Row], names: Row
+    ) -> list[Row]:
+        sql = self._sql("update", table, keys, columns, names, 0)
+        done = await connection.exec_driver_sql(sql, tuple(zip(*rows, strict=True)))
+        found = [tuple(row) for row in done]
+        _counted(table, len(rows), len(found))
+        return found
+
+
 class _ChunkedBulk(Bulk):
     """What MySQL and SQLite share: statements that list their rows."""
 
@@ -172,13 +196,13 @@ class _ChunkedBulk(Bulk):
     def _compose(self, what: str, table: Table, keys: Row, columns: Row, option: Any, count: int) -> str:
         name = self._quote(table.name)
         if what == "insert":
-            return f"INSERT INTO {name} ({self._names(columns)}) VALUES ({', '.join([self.mark] * len(columns))})"
+            return f"INSERT INTO {name} ({self._names(columns)}) VALUES ({', '.join([self.mark] * len(columns))})"  # noqa: S608
         if what == "delete":
-            return f"DELETE FROM {name} WHERE {self._pairs(keys, count)}"
+            return f"DELETE FROM {name} WHERE {self._pairs(keys, count)}"  # noqa: S608
         if what == "update":
             return self._update_sql(table, keys, columns, option, count)
-        chosen = f"SELECT {self._names(columns)} FROM {name} WHERE {self._pairs(keys, count)}"
-        return f"{chosen} ORDER BY {self._names(keys)}{self.locks[option]}"
+        chosen = f"SELECT {self._names(columns)} FROM {name} WHERE {self._pairs(keys, count)}"  # noqa: S608
+        return f"{chosen} ORDER BY {self._names(keys)}{self.locks[option]}" if option else chosen
 
     @abstractmethod
     def _update_sql(self, table: Table, keys: Row, columns: Row, add: bool, count: int) -> str: ...
@@ -227,7 +251,8 @@ class MysqlBulk(_ChunkedBulk):
         more = " UNION ALL SELECT " + ", ".join(["%s"] * len(names))
         plus = "t.{0} + d.{0}" if add else "d.{0}"
         setting = ", ".join(f"t.{self._quote(c)} = {plus.format(self._quote(c))}" for c in columns)
-        return f"UPDATE {self._quote(table.name)} AS t JOIN ({first}{more * (count - 1)}) AS d ON {self._equal(keys)} SET {setting}"
+        source = f"({first}{more * (count - 1)}) AS d"
+        return f"UPDATE {self._quote(table.name)} AS t JOIN {source} ON {self._equal(keys)} SET {setting}"  # noqa: S608
 
     @staticmethod
     def _keys(table: Table, columns: Row) -> list[bool]:
@@ -265,7 +290,7 @@ class SqliteBulk(_ChunkedBulk):
     def _update_sql(self, table: Table, keys: Row, columns: Row, add: bool, count: int) -> str:
         setting = ", ".join(f"{self._quote(c)} = {self._quote(c) + ' + ?' if add else '?'}" for c in columns)
         condition = " AND ".join(f"{self._quote(name)} = ?" for name in keys)
-        return f"UPDATE {self._quote(table.name)} SET {setting} WHERE {condition}"
+        return f"UPDATE {self._quote(table.name)} SET {setting} WHERE {condition}"  # noqa: S608
 
     async def update(
         self, connection: AsyncConnection, table: Table, keys: Row, columns: Row, rows: Sequence[Row], add: bool = False
@@ -287,7 +312,7 @@ def bulk_for(dialect: Dialect) -> Bulk:
     }
     kind = kinds.get(dialect.name)
     if kind is None:
-        raise InventoryError(f"database {dialect.name!r}: the ledger runs on postgresql, mysql (MariaDB) and sqlite")
+        raise InventoryError(f"database {dialect.name!r}: {KNOWN}")
     if dialect.name == "postgresql" and dialect.driver != "asyncpg":
         raise InventoryError(f"driver {dialect.driver!r}: the ledger needs postgresql+asyncpg")
     return kind(dialect)

@@ -1,10 +1,10 @@
 """Engines and transactions: one engine per event loop, and what each database needs to begin a transaction rightly.
 
-Everything runs at READ COMMITTED: consistency comes from row locks, and a snapshot that is older than the lock would hide what the
-lock waited for.
+Everything runs at READ COMMITTED: consistency comes from row locks, and a snapshot that is older than the lock would hide what
+the lock waited for.
 
-SQLite has one writer. ``BEGIN IMMEDIATE`` takes that role before the first read (a transaction that upgrades later is refused, not
-queued), and writers of one loop queue on an asyncio lock first, because SQLite's own waiting is polling.
+SQLite has one writer. ``BEGIN IMMEDIATE`` takes that role before the first read (a transaction that upgrades later is refused,
+not queued), and writers of one loop queue on an asyncio lock first, because SQLite's own waiting is polling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from inventory_sdk.errors import InventoryError
-from inventory_sdk.ledger.dialects import Bulk, bulk_for
+from inventory_sdk.ledger.dialects import KNOWN, Bulk, bulk_for
 
 BUSY_SECONDS: Final = 30.0
 """How long a writer waits for SQLite's only write transaction."""
@@ -83,11 +83,13 @@ class Engines:
         url = self._url
         assert url is not None
         backend = url.get_backend_name()
-        options: dict[str, Any] = {"pool_pre_ping": True}
+        options: dict[str, Any] = {}
         if backend == "sqlite":
             options = {"connect_args": {"timeout": BUSY_SECONDS}}
         elif backend in _EXTRAS:
-            options["isolation_level"] = "READ COMMITTED"
+            # MySQL's server hangs up on idle connections and its ping is one small packet; asyncpg's would be three round trips a
+            # transaction, and PostgreSQL keeps idle connections.
+            options = {"isolation_level": "READ COMMITTED", "pool_pre_ping": backend != "postgresql"}
         if backend in ("mysql", "mariadb") and "charset" not in url.query:
             url = url.update_query_dict({"charset": "utf8mb4"})
         try:
@@ -95,8 +97,8 @@ class Engines:
         except (ImportError, NoSuchModuleError) as error:
             extra = _EXTRAS.get(backend)
             if extra is None:
-                raise InventoryError(f"database {backend!r}: the ledger runs on postgresql, mysql (MariaDB) and sqlite") from error
-            raise ImportError(f"{url.drivername}: {error}; install its driver with: pip install 'inventory_sdk[{extra}]'") from error
+                raise InventoryError(f"database {backend!r}: {KNOWN}") from error
+            raise ImportError(f"{url.drivername}: {error}; install it with: pip install 'inventory_sdk[{extra}]'") from error
         if backend == "sqlite":
             event.listen(engine.sync_engine, "connect", self._prepare_sqlite)
         return engine

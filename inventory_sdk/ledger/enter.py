@@ -1,8 +1,8 @@
 """SQL-first operations: opening balances, restocks, returns, positive adjusts.
 
-The epoch-0 row is their queue: who holds it gives out positions (partition, 0, n) and is alone in reading what was returned. The open
-epoch's row is held FOR SHARE, so the credits that are written here belong to an epoch that is still open when they commit, and
-``apply``, which takes it FOR UPDATE, never sees claims appear under it.
+The epoch-0 row is their queue: who holds it gives out positions (partition, 0, n) and is alone in reading what was returned.
+The open epoch's row is held FOR SHARE, so the credits that are written here belong to an epoch that is still open when they
+commit, and ``apply``, which takes it FOR UPDATE, never sees claims appear under it.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ async def enter(
     applied = await _lock(connection, store, partition, epoch)
     known = await _known(connection, store, operations)
     sold = await _sold(connection, store, [each.reference for each in operations if each.kind == Kind.TAKE_BACK])
-    credits = {}
+    pending = {}
     if known:
         seqs = [row.position.sequence for row in known.values()]
-        credits = {c.position.sequence: c for c in await rows.pending_credits(connection, store, partition, epoch, seqs)}
+        pending = {c.position.sequence: c for c in await rows.pending_credits(connection, store, partition, epoch, seqs)}
     stock = await _stock(connection, store, partition, [each for each in operations if each.key not in known])
     names = {key_of(split_key(op.key)[0], name) for op in operations for _, name, _ in op.reservations}
     work = _Entering(partition, epoch, applied, stock, await rows.holds(connection, store, names), sold, movements=bool(writes))
@@ -75,7 +75,7 @@ async def enter(
             if before.fingerprint != operation.fingerprint:
                 raise OperationConflict(split_key(operation.key)[1])
             ours = (before.position.partition, before.position.epoch) == (partition, 0)
-            credit = credits.get(before.position.sequence) if ours else None
+            credit = pending.get(before.position.sequence) if ours else None
             done.append(Entered(before.position, before.remaining, credit, True))
         elif operation.key in fresh:
             first, entered = fresh[operation.key]
@@ -231,8 +231,8 @@ class _Entering:
             field, quantity = operation.lines[at], operation.lines[at + 1]
             if left.get(field, 0) < quantity:
                 merchant, sku = split_key(field)
-                why = f"{quantity} of merchant {merchant!r}, sku {sku!r} are more than the {left.get(field, 0)} that {name!r} has sold"
-                raise InvalidOperation("lines", quantity, f"{why} and did not take back yet")
+                why = f"of {name!r} only {left.get(field, 0)} can still come back (merchant {merchant!r}, sku {sku!r})"
+                raise InvalidOperation("lines", quantity, why)
             left[field] -= quantity
 
     def _open(self, operation: Entering) -> list[Any]:
@@ -257,7 +257,7 @@ class _Entering:
         key = key_of(split_key(operation.key)[0], name)
         hold = self.holds.get(key)
         if hold is None:
-            hold = self.holds[key] = Hold(key, HELD, "", self.partition, 0, self.seq, operation.order, 0, False, {})
+            hold = self.holds[key] = Hold(key, HELD, "", self.partition, 0, self.seq, operation.order, 0, False, {}, self.at_ms)
         elif hold.state != HELD or hold.epoch != 0 or field in hold.lines:
             raise OperationConflict(name, "names a reservation that the ledger has already")
         hold.lines[field] = [quantity, quantity, 0, 0]
@@ -275,16 +275,13 @@ class _Entering:
         after = row.after()[:5]
         if row.available + row.reserved > MAX_BALANCE:
             raise InvalidOperation("quantity", quantity, f"would raise sku {row.sku!r} above {MAX_BALANCE}")
-        place = (self.partition, 0, self.seq, 0, line, row.merchant, row.sku, row.version, quantity)
-        self.changes.append((*place, *deltas, *before, *after))
+        place = (self.partition, 0, self.seq, 0, line)
+        self.changes.append((row.merchant, row.sku, row.version, *place, quantity, *deltas, *before, *after))
         if self._moving and operation.kind != Kind.OPEN:
-            self.movements.append(
-                Movement(
-                    row.merchant, row.sku, operation.kind, quantity, deltas.available, deltas.reserved, deltas.sold,
-                    split_key(operation.key)[1], operation.order or None, None, Position(self.partition, 0, self.seq), 0,
-                    reason or None,
-                )  # fmt: skip
-            )
+            moved = (deltas.available, deltas.reserved, deltas.sold)
+            whose = (split_key(operation.key)[1], operation.order or None, None)
+            where = (Position(self.partition, 0, self.seq), 0, reason or None)
+            self.movements.append(Movement(row.merchant, row.sku, operation.kind, quantity, *moved, *whose, *where))
 
 
 async def _write(connection: AsyncConnection, store: Store, work: _Entering, applied: int) -> None:

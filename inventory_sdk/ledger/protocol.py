@@ -229,8 +229,8 @@ class Ledger(Protocol):
         ...
 
     async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
-        """Close epoch ``above`` (0: none yet) for SQL-first entering and open a new one in state ``rebuilding``; None when
-        another process won. The old epoch's row stays open for ``apply`` until ``rebuilding`` ends it."""
+        """Close epoch ``above`` (0: none yet) for SQL-first entering and open a new one, ``above + 1``, in state ``rebuilding``;
+        None when another process won (a higher epoch exists). ``above`` may be ahead of a ledger that went back. The old epoch's row stays open for ``apply`` until ``rebuilding`` ends it."""
         ...
 
     def rebuilding(self, partition: int, epoch: int) -> AbstractAsyncContextManager[Rebuilding]:

@@ -1,7 +1,7 @@
 """Epochs: raising one, and reading a partition under its lock to fill Redis anew.
 
-A partition has one row per epoch. The newest is ``rebuilding`` or ``open``; older ones are ``draining`` (their last entries may still
-be applied) and ``closed`` once a rebuild has begun to read.
+A partition has one row per epoch. The newest is ``rebuilding`` or ``open``; older ones are ``draining`` (their last entries may
+still be applied) and ``closed`` once a rebuild has begun to read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import insert, literal, select, tuple_, update
+from sqlalchemy import and_, insert, literal, select, tuple_, update
 
 from inventory_sdk.ledger import rows
 from inventory_sdk.ledger.decide import APPLIED, HELD
@@ -32,6 +32,38 @@ async def newest(connection: AsyncConnection, store: Store, partition: int) -> P
     )
     row = (await connection.execute(query)).first()
     return None if row is None else PartitionRow(*row)
+
+
+async def living(connection: AsyncConnection, store: Store, partition: int) -> list[PartitionRow]:
+    """See ``Ledger.epochs``."""
+    table = store.tables.partition
+    query = (
+        select(table.c.partition, table.c.epoch, table.c.state, table.c.applied)
+        .where(table.c.partition == partition, table.c.epoch > 0, table.c.state != CLOSED)
+        .order_by(table.c.epoch)
+    )
+    return [PartitionRow(*row) for row in await connection.execute(query)]
+
+
+async def take_stale(
+    connection: AsyncConnection, store: Store, partition: int, before_ms: int, limit: int
+) -> list[ReservationRow]:
+    """See ``Ledger.take_stale``; the caller commits."""
+    epochs, table = store.tables.partition, store.tables.reservation
+    # ``apply`` updates reservations in an order of its own: behind the same lock there is no deadlock.
+    rows_of = select(epochs.c.epoch).where(epochs.c.partition == partition).order_by(epochs.c.epoch)
+    await connection.execute(rows_of.with_for_update())
+    query = (
+        select(table.c.key)
+        .where(table.c.partition == partition, table.c.state == HELD)
+        .where(table.c.reported.is_(False), table.c.opened_ms < before_ms)
+        .order_by(table.c.opened_ms, table.c.key)
+        .limit(limit)
+    )
+    keys = list((await connection.execute(query)).scalars())
+    await store.bulk.update(connection, table, ("key",), ("reported",), [(key, True) for key in keys])
+    found = await rows.holds(connection, store, keys)
+    return [rows.reservation_row(found[key]) for key in keys]
 
 
 async def raise_epoch(connection: AsyncConnection, store: Store, partition: int, above: int) -> PartitionRow | None:
@@ -98,7 +130,8 @@ class Reading:
     async def reservations(self, size: int) -> AsyncIterator[Sequence[ReservationRow]]:
         """Reservations with an open line."""
         table = self._store.tables.reservation
-        query = select(table.c.key).where(table.c.partition == self._partition, table.c.state == HELD).order_by(table.c.key).limit(size)
+        held = [table.c.partition == self._partition, table.c.state == HELD]
+        query = select(table.c.key).where(*held).order_by(table.c.key).limit(size)
         after: str | None = None
         while True:
             page = query if after is None else query.where(table.c.key > after)
@@ -116,10 +149,7 @@ class Reading:
         order = (entry.c.at_ms, entry.c.epoch, entry.c.seq, operation.c.index)
         query = (
             select(*rows.operation_columns(self._store))
-            .join(
-                entry,
-                (entry.c.partition == operation.c.partition) & (entry.c.epoch == operation.c.epoch) & (entry.c.seq == operation.c.seq),
-            )
+            .join(entry, and_(*(entry.c[name] == operation.c[name] for name in ("partition", "epoch", "seq"))))
             .where(entry.c.partition == self._partition, entry.c.at_ms >= since_ms)
             .where(operation.c.claim.is_not(None), operation.c.status == APPLIED)
             .order_by(*(column.desc() for column in order))

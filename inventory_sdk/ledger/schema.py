@@ -217,6 +217,9 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         key("order_id", ID_BYTES, nullable=True),
         number("expires_at"),
         flag("pinned"),
+        number("opened_ms"),
+        # Reported as stale: held for longer than anyone should.
+        flag("reported"),
     )
     Index(f"{prefix}reservation_held", reservation.c.partition, reservation.c.state, reservation.c.key, **where("state = 'held'"))
 

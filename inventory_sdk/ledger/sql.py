@@ -1,6 +1,6 @@
 """``SqlLedger``: the ledger on SQLAlchemy Core, for PostgreSQL, MariaDB/MySQL and SQLite.
 
-Each method is one transaction; what happens in it lives in the neighbours (``apply``, ``enter``, ``rebuild``, ``tasks``, ``verify``).
+Each method is one transaction; what happens in it lives in the neighbours (``apply``, ``enter``, ``rebuild``, ``tasks``, …).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 try:
     from sqlalchemy import func, select
+    from sqlalchemy.exc import IntegrityError
 except ImportError as error:
     raise ImportError(
         "the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])"
@@ -111,11 +112,28 @@ class SqlLedger:
             if not reading.opened:
                 await connection.rollback()
 
-    async def apply(self, partition: int, epoch: int, entries: Sequence[JournalEntry], writes: Sequence[WritesStock] = ()) -> Applied:
+    async def epochs(self, partition: int) -> list[PartitionRow]:
+        """The newest epoch and the older ones that still accept ``apply``, oldest first."""
+        async with self._engines.read() as connection:
+            return await rebuild.living(connection, self._store, partition)
+
+    async def apply(
+        self,
+        partition: int,
+        epoch: int,
+        entries: Sequence[JournalEntry],
+        writes: Sequence[WritesStock] = (),
+        lost: Sequence[int] = (),
+    ) -> Applied:
         """Entries right behind the watermark, in one transaction. ``EpochClosed``, ``WatermarkMoved``, ``ForkFound``,
         ``WritesStockFailed``, ``QuantityMismatch``; after an error nothing is applied."""
-        async with self._engines.write() as connection:
-            return await apply(connection, self._store, partition, epoch, entries, writes)
+        try:
+            async with self._engines.write() as connection:
+                return await apply(connection, self._store, partition, epoch, entries, writes, lost)
+        except IntegrityError:
+            # An id, or a reservation's name, is known already. Anything else that a constraint refuses is refused again.
+            async with self._engines.write() as connection:
+                return await apply(connection, self._store, partition, epoch, entries, writes, lost, careful=True)
 
     async def enter(
         self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()
@@ -168,6 +186,11 @@ class SqlLedger:
         async with self._engines.read() as connection:
             hold = (await rows.holds(connection, self._store, [key])).get(key)
             return None if hold is None else rows.reservation_row(hold)
+
+    async def take_stale(self, partition: int, before_ms: int, limit: int) -> list[ReservationRow]:
+        """Live reservations opened before ``before_ms`` that were not reported yet, oldest first; marks them as reported."""
+        async with self._engines.write() as connection:
+            return await rebuild.take_stale(connection, self._store, partition, before_ms, limit)
 
     async def pending_credits(self, partition: int, epoch: int) -> list[Credit]:
         """Credits of this epoch that were not made yet, in order."""

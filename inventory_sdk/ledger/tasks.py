@@ -74,12 +74,11 @@ async def fail(connection: AsyncConnection, store: Store, task: Task, error: str
     """See ``Ledger.fail_task``; the caller commits."""
     table = store.tables.task
     due_ms = _now_ms() + int((retry_in or 0) * 1000)
+    state = DEAD if retry_in is None else PENDING
     await connection.execute(
         update(table)
         .where(table.c.number == task.number, table.c.state == PENDING)
-        .values(
-            attempts=table.c.attempts + 1, due_ms=due_ms, error=clean(error), state=DEAD if retry_in is None else PENDING
-        )  # fmt: skip
+        .values(attempts=table.c.attempts + 1, due_ms=due_ms, error=clean(error), state=state)
     )
 
 

@@ -26,8 +26,8 @@ async def verify(connection: AsyncConnection, store: Store) -> list[str]:
     """What is broken, in words, at most ``SHOWN`` rows per check; empty when all is well."""
     broken: list[str] = []
     for words, query in _checks(store):
-        for row in await connection.execute(query.limit(SHOWN)):
-            broken.append(words.format(*(repr(value) if isinstance(value, str) else value for value in row)))
+        found = await connection.execute(query.limit(SHOWN))
+        broken += [words.format(*(repr(value) if isinstance(value, str) else value for value in row)) for row in found]
     return broken
 
 
@@ -63,12 +63,8 @@ def _balanced(store: Store) -> tuple[str, Select[Any]]:
 def _linked(store: Store) -> tuple[str, Select[Any]]:
     change = store.tables.change
     earlier = change.alias("earlier")
-    joined = change.outerjoin(
-        earlier,
-        and_(
-            earlier.c.merchant == change.c.merchant, earlier.c.sku == change.c.sku, earlier.c.version == change.c.version - 1
-        ),  # fmt: skip
-    )
+    same = and_(earlier.c.merchant == change.c.merchant, earlier.c.sku == change.c.sku)
+    joined = change.outerjoin(earlier, and_(same, earlier.c.version == change.c.version - 1))
     wrong = or_(earlier.c.version.is_(None), *(earlier.c[f"{name}_after"] != change.c[f"{name}_before"] for name in COUNTERS))
     query = select(change.c.merchant, change.c.sku, change.c.version).select_from(joined).where(change.c.version > 1, wrong)
     return "merchant {0}, sku {1}: change {2} does not begin where the one before it ended", query

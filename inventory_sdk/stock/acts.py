@@ -33,13 +33,13 @@ from inventory_sdk.stock.batch import DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, R
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_result
+from inventory_sdk.stock.upkeep import PIN_OVERDUE_MS
 
 LEVELS: Final = ("redis", "queue", "database")
-PIN_OVERDUE: Final = 60.0
-"""Seconds after which a pinned hold is resolved by whoever finds it."""
 
-Reach = Callable[[Engine, Position, str, str, Answered | None], Awaitable[None]]
-"""Waits until the operation of this key at this position is as durable as the level says; the batch is None for a replay."""
+Reach = Callable[[Engine, Position, str, str, Answered | None], Awaitable[OperationRow | None]]
+"""Waits until the operation of this key at this position is as durable as the level says; the batch is None for a replay.
+Answers the row of the first operation of this id where the ledger found that one stands already."""
 
 
 class Acts:
@@ -83,7 +83,7 @@ class Acts:
         if reason is not None:
             _check_reason(reason)
         if kind in (Kind.RESERVE, Kind.DEDUCT) or (kind == Kind.ADJUST and _sign(lines) < 0):
-            return await self._take(kind, lines, merchant, operation_id, order, ttl, durability, _extra(reason, task))
+            return await self._take(Kind(kind).value, lines, merchant, operation_id, order, ttl, durability, _extra(reason, task))
         home = self._merchant(merchant)
         if order is not None:
             check_text("order", order)
@@ -116,10 +116,15 @@ class Acts:
             raise refused(answer)
         return bool(answer[0] != TOO_LATE)
 
-    async def pin(self, receipt: Receipt) -> bool:
-        """The hold has no running ttl from now on and ends when its decider speaks; False if it is no longer held."""
+    async def pin(self, receipt: Receipt, *, resume: float | None = None, confirm: bool = False) -> bool:
+        """The hold has no running ttl from now on and ends when its decider speaks; False if it is no longer held.
+
+        What a commit means is kept with it, for whoever resolves an overdue pin: ``confirm`` sells, else the hold goes on for
+        ``resume`` seconds (None: until it is closed).
+        """
+        end_ms = 1 if confirm else 0 if resume is None else max(2, int(resume * 1000))
         try:
-            await self._change(Kind.PIN, receipt.operation_id, receipt.merchant, PIN_OVERDUE)
+            await self._change(Kind.PIN, receipt.operation_id, receipt.merchant, end_ms, str(PIN_OVERDUE_MS))
         except (ReservationClosed, ReservationNotFound):
             return False
         return True
@@ -127,7 +132,7 @@ class Acts:
     async def resume(self, receipt: Receipt, ttl: float | None) -> bool:
         """Unpin: the ttl runs from now; False if it is no longer held."""
         try:
-            await self._change(Kind.RESUME, receipt.operation_id, receipt.merchant, ttl)
+            await self._change(Kind.RESUME, receipt.operation_id, receipt.merchant, ttl_ms(ttl))
         except (ReservationClosed, ReservationNotFound):
             return False
         return True
@@ -159,9 +164,7 @@ class Acts:
             if not isinstance(line, Line):
                 raise InvalidOperation("lines", line, "must be Line objects")
             if line.quantity * sign <= 0:
-                raise InvalidOperation(
-                    "quantity", line.quantity, f"must be {'positive' if sign > 0 else 'negative'} (sku {line.sku!r})"
-                )
+                raise InvalidOperation("quantity", line.quantity, f"must be {'positive' if sign > 0 else 'negative'} (sku {line.sku!r})")
         flat = summed(lines, merchant)
         if len(flat) > self._max_lines * 2:
             raise InvalidOperation("lines", len(flat) // 2, f"at most {self._max_lines} lines in one operation")
@@ -201,15 +204,14 @@ class Acts:
         partition = engine.home(merchant)
         if engine.loader.has_unknown:
             engine.loader.check_known(flat[::2])
-        ttl_ms = 0
+        hold_ms = 0
         if kind == Kind.RESERVE:
             check_ttl(ttl)
-            if ttl is not None:
-                ttl_ms = int(ttl * 1000)
-            elif made_up:
+            hold_ms = ttl_ms(ttl)
+            if ttl is None and made_up:
                 raise InvalidOperation("ttl", None, "a hold without an end needs an operation_id of your own")
         key = f"{merchant}\x1f{name}"
-        operation = [kind, key, fingerprint(kind, "", flat), flat, order or "", "", ttl_ms, extra, "", ""]
+        operation = [kind, key, fingerprint(kind, "", flat), flat, order or "", "", hold_ms, extra, "", ""]
         orphaned = partial(self._give_back, engine, partition, kind, key, flat) if made_up else None
         answer, batch = await engine.batcher(partition, context.lane.get()).submit(operation, orphaned)
         code = answer[0]
@@ -220,11 +222,13 @@ class Acts:
             position = batch.position
             if level != "redis":
                 try:
-                    await self._reach(engine, position, level, key, batch)
+                    first = await self._reach(engine, position, level, key, batch)
                 except asyncio.CancelledError:
                     if orphaned is not None:
                         orphaned((answer, batch))
                     raise
+                if first is not None:
+                    return _first_receipt(first, kind, level)
             remaining: Sequence[int] = answer[1] if code == DONE_LINES else answer[1:]
             return receipt(name, kind, merchant, order, flat, remaining, position, level, False, signed)
         if code == REPLAY:
@@ -232,10 +236,12 @@ class Acts:
             position = Position(partition.number, record.epoch, record.sequence)
             remaining = record.remaining
             if not remaining:
-                first = await reading.status(engine, partition, key)
-                remaining = first[4] if first else [0] * (len(flat) // 2)
+                known = await reading.status(engine, partition, key)
+                remaining = known[4] if known else [0] * (len(flat) // 2)
             if level != "redis":
-                await self._reach(engine, position, level, key, None)
+                first = await self._reach(engine, position, level, key, None)
+                if first is not None:
+                    return _first_receipt(first, kind, level)
             return receipt(name, kind, merchant, record.order or None, flat, remaining, position, level, True, signed)
         raise error(answer, name, name)
 
@@ -293,9 +299,7 @@ class Acts:
         if answer[0] == NOT_FOUND:
             known = await self._closed_in_ledger(key, mark, hold)
             if known is not None:
-                return receipt(
-                    name, kind.value, home, known.order or None, known.lines, known.remaining, known.position, level, True
-                )
+                return receipt(name, kind.value, home, known.order or None, known.lines, known.remaining, known.position, level, True)
             if kind != Kind.RELEASE or lines is not None:
                 raise ReservationNotFound(reservation, home)
             answer, batch = await engine.send(partition, operation(flag + "t"))
@@ -329,12 +333,11 @@ class Acts:
             raise closed(split_key(hold)[1], found.state)
         return None
 
-    async def _change(self, kind: Kind, reservation: str, merchant: str, ttl: float | None) -> None:
+    async def _change(self, kind: Kind, reservation: str, merchant: str, end_ms: int, mark: str = "") -> None:
         check_text("reservation", reservation)
         key = key_of(merchant, reservation)
-        ttl_ms = int(ttl * 1000) if ttl is not None else 0
         engine = self._engine()
-        operation: list[Any] = [kind.value, f"{merchant}\x1f{uuid4().hex}", "", [], "", key, ttl_ms, "", "", ""]
+        operation: list[Any] = [kind.value, f"{merchant}\x1f{uuid4().hex}", "", [], "", key, end_ms, "", mark, ""]
         answer, _ = await engine.send(engine.home(merchant), operation)
         if answer[0] == NOT_FOUND:
             found = await engine.ledger.reservation(key)
@@ -356,6 +359,17 @@ class Acts:
         done = await entering.enter(engine, partition, kind, key, flat, order, reference, extra, settled)
         name = split_key(key)[1]
         return receipt(name, kind.value, merchant, order or None, flat, done.remaining, done.position, "database", done.replayed)
+
+
+def _first_receipt(row: OperationRow, kind: str, level: str) -> Receipt:
+    merchant, name = split_key(row.key)
+    sign = -1 if kind == Kind.ADJUST else 1
+    return receipt(name, kind, merchant, row.order or None, row.lines, row.remaining, row.position, level, True, sign)
+
+
+def ttl_ms(ttl: float | None) -> int:
+    """Seconds as the scripts take them: 0 is no end."""
+    return 0 if ttl is None else max(1, int(ttl * 1000))
 
 
 def _sign(lines: Sequence[Line] | None) -> int:

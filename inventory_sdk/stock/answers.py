@@ -59,11 +59,7 @@ def public_kind(kind: str) -> str:
 
 def closed(reservation: str, state: str) -> ReservationClosed:
     """``state`` as a letter or a word."""
-    return (
-        ReservationExpired(reservation)
-        if state in ("x", "expired")
-        else ReservationClosed(reservation, _STATES.get(state, state))
-    )
+    return ReservationExpired(reservation) if state in ("x", "expired") else ReservationClosed(reservation, _STATES.get(state, state))
 
 
 def error(answer: list[Any], name: str, reservation: str) -> Exception:
@@ -82,12 +78,8 @@ def error(answer: list[Any], name: str, reservation: str) -> Exception:
         return JournalFull("the journal is at its cap: the ledger is behind", retry_after=1.0)
     if code == FROZEN:
         merchant, sku = split_key(answer[1])
-        return StockFrozen(
-            f"sku {sku!r} of merchant {merchant!r} is frozen until stock.reopen() has compared it", retry_after=30.0
-        )
+        return StockFrozen(f"sku {sku!r} of merchant {merchant!r} is frozen until stock.reopen() has compared it", retry_after=30.0)
     if code == NOT_OPEN:
         merchant, sku = split_key(answer[1])
-        return InvalidOperation(
-            "quantity", int(answer[2]), f"reservation {reservation!r} has {int(answer[3])} of sku {sku!r} open"
-        )
+        return InvalidOperation("quantity", int(answer[2]), f"reservation {reservation!r} has {int(answer[3])} of sku {sku!r} open")
     return refused(answer)

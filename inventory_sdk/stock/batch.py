@@ -280,9 +280,7 @@ class Batcher:
             after = entries[-1][0]
         return None
 
-    def _deliver(
-        self, batch: list[_Waiting], answers: list[list[Any]], epoch: int, sequence: int, body: bytes, seconds: float
-    ) -> None:
+    def _deliver(self, batch: list[_Waiting], answers: list[list[Any]], epoch: int, sequence: int, body: bytes, seconds: float) -> None:
         confirmed: Awaitable[Any] | None = None
         accepted: dict[str, int] = {}
         refused: dict[str, int] = {}

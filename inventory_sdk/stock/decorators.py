@@ -175,13 +175,9 @@ class StockDecorators(ABC):
     @overload
     def reserves(self, *, run: Literal["now"], session: Selector | None = None, **options: Unpack[Hold]) -> Now: ...
     @overload
-    def reserves(
-        self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[HoldLater]
-    ) -> Later[Receipt]: ...
+    def reserves(self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[HoldLater]) -> Later[Receipt]: ...
     @overload
-    def reserves(
-        self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[HoldLater]
-    ) -> Later[T]: ...
+    def reserves(self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[HoldLater]) -> Later[T]: ...
     def reserves(self, *, run: str, **options: Any) -> Any:
         """The function's lines are held for ``ttl`` seconds under the operation id: all, or none.
 
@@ -193,13 +189,9 @@ class StockDecorators(ABC):
     @overload
     def deducts(self, *, run: Literal["now"], session: Selector | None = None, **options: Unpack[Common]) -> Now: ...
     @overload
-    def deducts(
-        self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[CommonLater]
-    ) -> Later[Receipt]: ...
+    def deducts(self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[CommonLater]) -> Later[Receipt]: ...
     @overload
-    def deducts(
-        self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[CommonLater]
-    ) -> Later[T]: ...
+    def deducts(self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[CommonLater]) -> Later[T]: ...
     def deducts(self, *, run: str, **options: Any) -> Any:
         """The function's lines are sold. ``run="now"``: held, then the function, then sold; undone if it raises."""
         return self._decorator(Kind.DEDUCT, "deducts", run, options)
@@ -207,9 +199,7 @@ class StockDecorators(ABC):
     @overload
     def confirms(self, *, run: Literal["now"], **options: Unpack[Closing]) -> Now: ...
     @overload
-    def confirms(
-        self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[ClosingLater]
-    ) -> Later[Receipt]: ...
+    def confirms(self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[ClosingLater]) -> Later[Receipt]: ...
     @overload
     def confirms(
         self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[ClosingLater]
@@ -221,9 +211,7 @@ class StockDecorators(ABC):
     @overload
     def releases(self, *, run: Literal["now"], **options: Unpack[Closing]) -> Now: ...
     @overload
-    def releases(
-        self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[ClosingLater]
-    ) -> Later[Receipt]: ...
+    def releases(self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[ClosingLater]) -> Later[Receipt]: ...
     @overload
     def releases(
         self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[ClosingLater]
@@ -235,13 +223,9 @@ class StockDecorators(ABC):
     @overload
     def restocks(self, *, run: Literal["now"], **options: Unpack[Common]) -> Now: ...
     @overload
-    def restocks(
-        self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[CommonLater]
-    ) -> Later[Receipt]: ...
+    def restocks(self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[CommonLater]) -> Later[Receipt]: ...
     @overload
-    def restocks(
-        self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[CommonLater]
-    ) -> Later[T]: ...
+    def restocks(self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[CommonLater]) -> Later[T]: ...
     def restocks(self, *, run: str, **options: Any) -> Any:
         """The function's lines are new stock; with ``run="now"`` after the function returned."""
         return self._decorator(Kind.RESTOCK, "restocks", run, options)
@@ -249,9 +233,7 @@ class StockDecorators(ABC):
     @overload
     def takes_back(self, *, run: Literal["now"], **options: Unpack[Returning]) -> Now: ...
     @overload
-    def takes_back(
-        self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[ReturningLater]
-    ) -> Later[Receipt]: ...
+    def takes_back(self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[ReturningLater]) -> Later[Receipt]: ...
     @overload
     def takes_back(
         self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[ReturningLater]
@@ -263,13 +245,9 @@ class StockDecorators(ABC):
     @overload
     def adjusts(self, *, run: Literal["now"], **options: Unpack[Counted]) -> Now: ...
     @overload
-    def adjusts(
-        self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[CountedLater]
-    ) -> Later[Receipt]: ...
+    def adjusts(self, *, run: Literal["later"], name: str, result: None = None, **options: Unpack[CountedLater]) -> Later[Receipt]: ...
     @overload
-    def adjusts(
-        self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[CountedLater]
-    ) -> Later[T]: ...
+    def adjusts(self, *, run: Literal["later"], name: str, result: Callable[[Receipt], T], **options: Unpack[CountedLater]) -> Later[T]: ...
     def adjusts(self, *, run: str, **options: Any) -> Any:
         """The function's lines correct a count. With ``run="now"`` negative ones move before the function and are undone if it
         raises, positive ones after it returned; one call has one sign."""

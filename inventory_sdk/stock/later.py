@@ -198,9 +198,7 @@ class Registry:
         if len(below) == 1:
             return below[0], self._providers[below[0]]
         found = f"; several subclasses have one: {', '.join(kind.__qualname__ for kind in below)}" if below else ""
-        raise TypeError(
-            f"{site.label} runs later and needs a {owner.__qualname__}: add @inventory.provides({owner.__qualname__}){found}"
-        )
+        raise TypeError(f"{site.label} runs later and needs a {owner.__qualname__}: add @inventory.provides({owner.__qualname__}){found}")
 
 
 async def _provided(stack: AsyncExitStack, owner: type, make: Callable[[Any], Any], session: Any) -> Any:

@@ -87,9 +87,7 @@ async def reservation(engine: Engine, partition: Partition, key: str) -> Reserva
     return read_reservation(key, write_reservation(row)) if row is not None else None
 
 
-async def status(
-    engine: Engine, partition: Partition, key: str
-) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int]] | None:
+async def status(engine: Engine, partition: Partition, key: str) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int]] | None:
     """(kind, position, order, flat lines, remaining) of an operation, wherever it is still known."""
     record = (await read(engine, partition, operations=[key])).results[0]
     if record is not None:

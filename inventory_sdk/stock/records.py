@@ -33,9 +33,7 @@ def read_result(text: str) -> Result:
     remaining = tuple(int(number) for number in parts[3].split(",")) if parts[3] else ()
     flat: list[Any] = list(parts[5:])
     flat[1::2] = [int(float(quantity)) for quantity in flat[1::2]]
-    return Result(
-        parts[0], int(epoch), int(sequence), parts[2] == "k", remaining, parts[4] if len(parts) > 4 else "", tuple(flat)
-    )
+    return Result(parts[0], int(epoch), int(sequence), parts[2] == "k", remaining, parts[4] if len(parts) > 4 else "", tuple(flat))
 
 
 def write_result(row: OperationRow) -> str:
@@ -79,7 +77,7 @@ def read_reservation(key: str, text: str) -> Reservation:
         held=tuple(held),
         confirmed=tuple(confirmed),
         released=tuple(released),
-        expires_at=due / 1000 if due and held else None,
+        expires_at=due / 1000 if due and held and parts[0] == "h" else None,
         order=parts[4] or None,
     )
 

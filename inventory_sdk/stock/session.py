@@ -50,9 +50,7 @@ class Ending(Protocol):
 class Binding:
     """One take, tied to the root transaction of one session."""
 
-    def __init__(
-        self, ending: Ending, insist: Insist, asynchronous: AsyncSession | None, root: SessionTransaction | None
-    ) -> None:
+    def __init__(self, ending: Ending, insist: Insist, asynchronous: AsyncSession | None, root: SessionTransaction | None) -> None:
         self.ending = ending
         self.insist = insist
         self.asynchronous = asynchronous

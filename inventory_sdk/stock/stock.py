@@ -8,7 +8,7 @@ from typing import Final, Literal
 from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.model import Kind, Line, Position, Receipt, Reservation, StockLevel, check_text, check_ttl, key_of, summed
 from inventory_sdk.stock import reading
-from inventory_sdk.stock.acts import Acts
+from inventory_sdk.stock.acts import Acts, ttl_ms
 from inventory_sdk.stock.answers import public_kind, receipt
 
 Durability = Literal["redis", "replica", "aof", "queue", "database"]
@@ -90,9 +90,7 @@ class Stock(Acts):
 
         ``ReservationExpired`` when its time ran out; with ``reacquire=True`` (of the whole) it is taken again if it is there.
         """
-        return await self._close(
-            Kind.CONFIRM, reservation, lines, operation_id, merchant, durability, None, "r" if reacquire else ""
-        )
+        return await self._close(Kind.CONFIRM, reservation, lines, operation_id, merchant, durability, None, "r" if reacquire else "")
 
     async def release(
         self,
@@ -113,7 +111,7 @@ class Stock(Acts):
     async def extend(self, reservation: str, *, ttl: float | None, merchant: str | None = None) -> None:
         """The hold now ends ``ttl`` seconds from now (by Redis' clock); None: when it is closed."""
         check_ttl(ttl)
-        await self._change(Kind.EXTEND, reservation, self._merchant(merchant), ttl)
+        await self._change(Kind.EXTEND, reservation, self._merchant(merchant), ttl_ms(ttl))
 
     # What enters through the ledger ----------------------------------------------------------------------------------------
 
@@ -127,9 +125,7 @@ class Stock(Acts):
         reason: str | None = None,
     ) -> Receipt:
         """New units, for sale when this returns. One SQL transaction and one credit; at most ``max_lines`` lines."""
-        return await self.submit(
-            Kind.RESTOCK, merchant=merchant, operation_id=operation_id, lines=lines, order=order, reason=reason
-        )
+        return await self.submit(Kind.RESTOCK, merchant=merchant, operation_id=operation_id, lines=lines, order=order, reason=reason)
 
     async def restock_many(
         self, lines: Iterable[Line], *, merchant: str | None = None, operation_id: str, order: str | None = None

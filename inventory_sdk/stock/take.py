@@ -55,7 +55,7 @@ class StockActs(Protocol):
     async def undo(self, receipt: Receipt) -> bool: ...
     async def keep(self, receipt: Receipt) -> bool: ...
     async def extend(self, reservation: str, *, ttl: float | None, merchant: str | None = None) -> None: ...
-    async def pin(self, receipt: Receipt) -> bool: ...
+    async def pin(self, receipt: Receipt, *, resume: float | None = None, confirm: bool = False) -> bool: ...
     async def resume(self, receipt: Receipt, ttl: float | None) -> bool: ...
     async def settle_pinned(self, receipt: Receipt, kind: Literal["confirm", "release"]) -> Receipt: ...
 
@@ -145,9 +145,7 @@ class Translating:
 class Take:
     """What a call has taken, and the ways it can end. Every method may be repeated."""
 
-    def __init__(
-        self, room: Room, kind: Kind, asked: dict[str, Any], receipt: Receipt, *, deduct: bool, ttl: float | None
-    ) -> None:
+    def __init__(self, room: Room, kind: Kind, asked: dict[str, Any], receipt: Receipt, *, deduct: bool, ttl: float | None) -> None:
         self.room = room
         self.kind = kind
         self.asked = asked
@@ -207,7 +205,8 @@ class SessionTake:
     async def hold(self) -> None:
         with self._translating:
             await self._take.secure()
-            self._pinned = await self._take.room._stock_acts().pin(self._take.receipt)
+            acts = self._take.room._stock_acts()
+            self._pinned = await acts.pin(self._take.receipt, resume=self._take.ttl, confirm=self._take.deduct)
             if not self._pinned and not self._take.receipt.replayed:
                 raise ReservationExpired(self._take.receipt.operation_id)
 

@@ -13,13 +13,15 @@ from inventory_sdk.ledger.protocol import Credit, EpochClosed, Rebuilding, Void
 from inventory_sdk.model import fingerprint, key_of, split_key
 from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
 from inventory_sdk.stock.partition import Partition
-from inventory_sdk.stock.records import write_reservation, write_result
+from inventory_sdk.stock.records import RS, write_reservation, write_result
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 KEEP_APPLIED_MS: Final = 600_000
 """Applied journal entries stay this long, so that a ledger that went back is noticed and can be caught up."""
 HEARTBEAT_MS: Final = 10_000
 CHUNK: Final = 1000
+PIN_OVERDUE_MS: Final = 60_000
+"""A pinned hold that nobody ended by then is resolved by whoever finds it, by asking its decider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,7 @@ class Upkeep:
         """Keys of reservations whose time has come, by Redis' clock, oldest first."""
         view = self._partition(partition)
         now = (await view.hello()).now_ms
-        client: Any = view.wire.client
-        found = await client.zrangebyscore(view.key("expiry"), 1, now, start=0, num=limit)
+        found = await self._client(view).zrangebyscore(view.key("expiry"), 1, now, start=0, num=limit)
         return [bytes(key).decode() for key in found]
 
     async def expire(self, partition: int, keys: Sequence[str]) -> Expired:
@@ -135,12 +136,18 @@ class Upkeep:
         return Expired(expired, pinned)
 
     async def settle_pin(self, partition: int, key: str, verdict: str) -> None:
-        """Carry out what the decider of a pinned hold said: ``committed`` confirms it, ``aborted`` releases it."""
+        """Carry out what the decider of a pinned hold said. ``committed``: confirm it, or let it go on, as its pin says;
+        ``aborted``: release it."""
         view = self._partition(partition)
         merchant, name = split_key(key)
-        kind = "confirm" if verdict == "committed" else "release"
-        mark = fingerprint(kind, key, ())
-        operation = [kind, key_of(merchant, f"{name}\x1f{kind}"), mark, [], "", key, 0, "", "", "d"]
+        record = await self._client(view).hget(view.key("reservations"), key)
+        if record is None or not record.startswith(b"p"):
+            return  # its decider has spoken meanwhile
+        resume = int(record.decode().split(RS)[3])
+        kind = "release" if verdict == "aborted" else "confirm" if resume == 1 else "resume"
+        act = key_of(merchant, f"{name}\x1f{kind}")
+        mark = "" if kind == "resume" else fingerprint(kind, key, ())
+        operation = [kind, act, mark, [], "", key, resume if kind == "resume" else 0, "", "", "d"]
         answer, _ = await self._settle(view, operation)
         if answer[0] not in (DONE, DONE_LINES, REPLAY, CLOSED, NOT_FOUND):
             raise InventoryError(f"pinned hold {name!r} of {merchant!r} could not be settled as {verdict}: {answer}")
@@ -167,6 +174,9 @@ class Upkeep:
         keys = [view.key("meta"), view.key("results:0"), view.key("results:1"), view.key("journal")]
         arguments = [str(epoch), self._window_ms, self._most, str(applied), str(KEEP_APPLIED_MS)]
         await view.wire.run("tidy", keys, arguments)
+
+    def _client(self, view: Partition) -> Any:
+        return view.wire.client
 
     async def heartbeat(self, partition: int, worker: str) -> None:
         """A sign of life that lasts ten seconds."""
@@ -203,6 +213,8 @@ class Upkeep:
             flat: list[Any] = []
             for row in reservations:
                 due = row.expires_at + extend_ms if row.expires_at else 0
+                if row.pinned:
+                    due = now + PIN_OVERDUE_MS
                 flat += (row.key, write_reservation(row), due)
             await chunks.write("reservations", flat)
         async for results in rebuilding.results(CHUNK, now - int(self._window_ms)):

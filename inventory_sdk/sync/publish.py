@@ -83,7 +83,6 @@ class Publisher:
         if not self._queue.confirms:
             raise PublishFailed("this queue does not confirm: durability 'queue' needs RabbitMQ")
         traffic = self._traffic.get()
-        # Looked up again: the entry may have been sent for somebody else since it found no room.
         tasks = [one.task if one.task is not None else self._begin(traffic, one) for one in publications]
         if tasks:
             await asyncio.wait(tasks, timeout=self._timeout if timeout is None else timeout)

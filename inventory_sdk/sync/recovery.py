@@ -75,9 +75,7 @@ async def recover(parts: Parts, applier: Applier, consumer: Consumer, received: 
         return False
     # Where the ledger is older than Redis (a restored backup), epochs that Redis has used must not come again.
     above = max(need.above, seen)
-    raised = await ledger.raise_epoch(partition, newest.epoch if newest else 0)
-    while raised is not None and raised.epoch <= above:
-        raised = await ledger.raise_epoch(partition, raised.epoch)
+    raised = await ledger.raise_epoch(partition, max(above, newest.epoch if newest else 0))
     if raised is None:
         return False
     epoch = raised.epoch

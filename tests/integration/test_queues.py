@@ -258,9 +258,7 @@ async def test_duplicates_are_harmless(rig: Rig) -> None:
         assert sequences(await collect(consumer, 1)) == [3]
 
 
-@pytest.mark.parametrize(
-    "body", ["x" * 1_000_000, "Ä ß 漢字 🙂 m1\x1fsku-1 \x00 \\u001f", "ü" * 300_000], ids=["1 MB", "text", "unicode"]
-)
+@pytest.mark.parametrize("body", ["x" * 1_000_000, "Ä ß 漢字 🙂 m1\x1fsku-1 \x00 \\u001f", "ü" * 300_000], ids=["1 MB", "text", "unicode"])
 async def test_bodies_come_as_they_were_sent(rig: Rig, body: str) -> None:
     await rig.send(1, body=body)
     async with rig.queue.consume(PARTITION, EPOCH, 0) as consumer:

@@ -196,5 +196,5 @@ async def test_doctor_looks_on_when_one_thing_does_not_answer(unused_tcp_port: i
     findings = [finding async for finding in doctor.examine(nowhere)]
     subjects = {finding.subject: finding for finding in findings}
     assert "ConnectionError" in subjects["redis"].advice
-    assert subjects["schema"].advice == "run: inventory-sdk schema"
+    assert "inventory-sdk schema" in subjects["schema"].advice
     assert not subjects["queue"].advice

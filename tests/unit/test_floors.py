@@ -29,6 +29,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """Top to bottom. A room is a module or a package; the longest match wins, so ``stock.aspect`` stands above ``stock``."""
 
 PART_OF = {
+    "running": "inventory",  # its half that belongs to one event loop
+    "servers": "inventory",
+    "stock.decorators": "stock.aspect",
     "stock.later": "stock.aspect",  # run="later"
     "stock.session": "stock.aspect",  # session=
 }
@@ -79,11 +82,7 @@ def imported(module: str, source: str, is_package: bool = False) -> Iterator[tup
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
-            origin = (
-                ".".join([*base[: len(base) - node.level + 1], *([node.module] if node.module else [])])
-                if node.level
-                else node.module
-            )
+            origin = ".".join([*base[: len(base) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module
             for alias in node.names:
                 yield node.lineno, f"{origin}.{alias.name}"
 
@@ -122,9 +121,7 @@ def offences(module: str, source: str, known: set[str], is_package: bool = False
         target_floor, target_room = place_of(target)
         for subroom, allowed in SUBROOMS.items():
             if within(module, subroom) and not within(target, subroom) and not any(within(target, each) for each in allowed):
-                found.append(
-                    f"line {line}: {subroom} may only know {', '.join(allowed) or 'nothing'}; it imports {target or 'the face'}"
-                )
+                found.append(f"line {line}: {subroom} may only know {', '.join(allowed) or 'nothing'}; it imports {target or 'the face'}")
         if target_room == room:
             continue
         if target_floor < floor:

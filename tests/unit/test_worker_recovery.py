@@ -10,6 +10,7 @@ import pytest
 from worker_fakes import Shop, body, open_shop, until
 
 from inventory_sdk.errors import StockFrozen
+from inventory_sdk.metrics import Happened
 from inventory_sdk.sync.queues.protocol import Unroutable
 from inventory_sdk.sync.recovery import open_first
 
@@ -20,7 +21,7 @@ async def shop() -> Shop:
 
 
 def frozen_for(shop: Shop) -> list[str]:
-    return [event.labels["why"] for event in shop.facts.events if getattr(event, "name", "") == "frozen"]
+    return [event.labels["why"] for event in shop.facts.events if isinstance(event, Happened) and event.name == "frozen"]
 
 
 def lost(shop: Shop) -> list[int]:
@@ -229,7 +230,8 @@ async def test_a_recovery_survives_servers_that_come_and_go_in_the_middle(shop: 
 
         monkeypatch.setattr(shop.redis, name, flaky)
 
-    failing("rebuild"), failing("freeze")
+    failing("rebuild")
+    failing("freeze")
     shop.redis.write(1)
     shop.redis.run_id_known = False
     async with shop.worker():

@@ -5,6 +5,7 @@
 --       6 "1": answer the journal entry's body
 --       7 JSON [[kind, key, fingerprint, lines, order, reference, ttl ms, extra, mark, flag], ...]; lines is flat: field, quantity, ...
 --         undo and keep: reference = key of the take, mark = its position; undo: flag = kind of the take
+--         pin: ttl ms = 1: the decider's commit confirms; else what a resume gives it (0: until closed); mark = ms until overdue
 --         void: lines in threes: field, available delta, reserved delta; flag "f" freezes the SKUs, reference = reservation to close
 --         credit: reference = key of the operation that entered through the ledger
 --         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider
@@ -19,7 +20,7 @@
 --     [11]  can't be undone or kept any more    [12, expires_at]  not due
 --
 -- A result record is: fingerprint RS position RS flags RS remaining,... RS order RS lines (field RS quantity ...; only where the call gave none)
--- A reservation record is: state RS position RS fingerprint RS expires_at RS order {RS field RS original[/confirmed/released/expired]}
+-- A reservation record is: state RS position RS fingerprint RS expires_at (pinned: the pin's ttl ms) RS order {RS field RS original[/confirmed/released/expired]}
 -- RS is \30. Closed reservations live in the results windows under key .. "\31". States: h held, p pinned, c confirmed, r released, x expired.
 --
 -- Phases: bulk reads, decisions in plain Lua, bulk writes. XADD is the first write: if it fails, nothing has moved.
@@ -470,13 +471,19 @@ local function change(i, op, state)
     if closed then return {6, closed[1]} end
     return {7}
   end
-  if hold[1] == PINNED and state == HELD and op[1] == 'extend' then return {10} end
+  if hold[1] == PINNED and op[1] == 'extend' then return {10} end
   local due = op[7] > 0 and now + op[7] or 0
   hold[1] = state
-  hold[4] = int(due)
+  if state == PINNED then
+    hold[4] = int(op[7])
+    new_expiry[key] = now + tonumber(op[9])
+    due = op[7]
+  else
+    hold[4] = int(due)
+    new_expiry[key] = due > 0 and due or false
+  end
   keep_hold(key, hold)
-  new_expiry[key] = due > 0 and due or false
-  journaled(i, op, {}, {}, due)
+  journaled(i, op, op[4], {}, due)
 end
 
 function decide.extend(i, op) return change(i, op, HELD) end

@@ -38,7 +38,8 @@ class AmqpQueue:
 
     Nothing is connected before it is needed, and each event loop gets its own connections: one for publishing, one for each
     consumer. ``timeout`` (seconds) bounds everything that has no time-out of its own, ``max_in_flight`` the unconfirmed
-    messages of an event loop, ``prefetch`` the unacknowledged ones of a consumer. ``partitions`` is what ``check`` looks at.
+    messages of an event loop, ``prefetch`` the unacknowledged ones of a consumer (more where it asks for more). Every
+    ``watch_interval`` seconds a consumer makes sure that RabbitMQ still knows it. ``partitions`` is what ``check`` looks at.
     """
 
     confirms: Final = True
@@ -53,6 +54,7 @@ class AmqpQueue:
         max_in_flight: int = 256,
         prefetch: int = 500,
         heartbeat: int = 10,
+        watch_interval: float = 15.0,
         metrics: Metrics | None = None,
     ) -> None:
         self._url = url
@@ -60,6 +62,7 @@ class AmqpQueue:
         self._partitions = partitions
         self._timeout = timeout
         self._prefetch = prefetch
+        self._watch_interval = watch_interval
         if "heartbeat=" not in url:
             # aiormq reads it from the URL only, and its own default would notice a vanished server after three minutes.
             self._url += f"{'&' if '?' in url else '?'}heartbeat={heartbeat}"
@@ -111,7 +114,7 @@ class AmqpQueue:
     async def consume(self, partition: int, epoch: int, after: int) -> AsyncIterator[AmqpConsumer]:
         """Connects in the background and stays in line until it is the active one."""
         queue = self._topology.queue(partition)
-        consumer = AmqpConsumer(self._connect, queue, partition, self._prefetch, self._park, self._metrics)
+        consumer = AmqpConsumer(self._connect, queue, partition, self._prefetch, self._watch_interval, self._park, self._metrics)
         consumer.start()
         try:
             yield consumer

@@ -14,7 +14,7 @@ from aiormq.abc import AbstractChannel, DeliveredMessage
 from aiormq.exceptions import AMQPError
 
 from inventory_sdk.metrics.events import Happened, Metrics, Retried
-from inventory_sdk.sync.backoff import Backoff
+from inventory_sdk.sync.backoff import Backoff, waited
 from inventory_sdk.sync.queues.amqp_connection import close_connection, own_cancellation_only
 from inventory_sdk.sync.queues.amqp_topology import Unparseable, declare_queue, parse
 from inventory_sdk.sync.queues.protocol import Message, PublishFailed, QueueMisconfigured
@@ -82,6 +82,7 @@ class AmqpConsumer:
         queue: str,
         partition: int,
         prefetch: int,
+        watch_interval: float,
         park: Park,
         metrics: Metrics | None,
     ) -> None:
@@ -89,6 +90,7 @@ class AmqpConsumer:
         self._queue = queue
         self._partition = partition
         self._prefetch = prefetch
+        self._watch_interval = watch_interval
         self._park = park
         self._metrics = metrics
         self._buffer: deque[Message] = deque()
@@ -208,8 +210,10 @@ class AmqpConsumer:
             if task is not None and task.cancelling():
                 # The client's own waits (wait_for, Python 3.11) may have swallowed it, and nobody will repeat it.
                 raise asyncio.CancelledError
-            if not outer.is_closed:
-                await lost.wait()
+            while not (outer.is_closed or await waited(lost, self._watch_interval)):
+                # Where a queue is deleted and made again at once, RabbitMQ 3.10 forgets its consumer without telling it.
+                if (await outer.declare_queue(self._queue, passive=True)).declaration_result.consumer_count == 0:
+                    raise ConnectionError("RabbitMQ no longer knows this consumer")
         finally:
             self._channel = None
             self._buffer.clear()

@@ -83,9 +83,10 @@ class FakeLedger:
         self.nonces: dict[Position, str] = {}
         self.applied: list[tuple[int, int]] = []
         self.lost: list[int] = []
+        self.applies = 0
         self.batches: list[int] = []
         self.operations: dict[str, int] = {}
-        self.faults: list[Exception] = []
+        self.task_faults: list[Exception] = []
         self.down: Exception | None = None
         self.refuse: dict[int, str] = {}
         self.voids: list[Void] = []
@@ -118,10 +119,11 @@ class FakeLedger:
     async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
         await self._reach()
         rows = self.rows.setdefault(partition, {})
-        if max(rows, default=0) != above:
+        newest = max(rows, default=0)
+        if newest > above:
             return None
-        if above:
-            rows[above] = replace(rows[above], state="draining")
+        if newest:
+            rows[newest] = replace(rows[newest], state="draining")
         rows[above + 1] = PartitionRow(partition, above + 1, "rebuilding", 0)
         return rows[above + 1]
 
@@ -149,9 +151,8 @@ class FakeLedger:
         lost: Sequence[int] = (),
     ) -> Applied:
         async with self.lock:
+            self.applies += 1
             await self._reach()
-            if self.faults:
-                raise self.faults.pop(0)
             rows = self.rows[partition]
             row = rows[epoch]
             if row.state not in ("open", "draining"):
@@ -237,6 +238,8 @@ class FakeLedger:
     async def run_task(self, task: Task, call: Callable[[Any], Awaitable[None]]) -> bool:
         if task.number not in self.tasks:
             return False
+        if self.task_faults:
+            raise self.task_faults.pop()
         await call(SESSION)
         del self.tasks[task.number]
         self.done.append(task.number)

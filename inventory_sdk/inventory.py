@@ -1,0 +1,265 @@
+"""Inventory: makes the parts from URLs, starts and stops them, hands out the decorators."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+from weakref import WeakKeyDictionary
+
+from inventory_sdk.errors import InvalidOperation, InventoryError, NotStarted
+from inventory_sdk.ledger.protocol import Ledger, OperationRow
+from inventory_sdk.metrics import Fanout, Metrics
+from inventory_sdk.model import Lane, Line, Position, Receipt, check_text
+from inventory_sdk.running import LEDGER_TIMEOUT, Running
+from inventory_sdk.servers import servers_for
+from inventory_sdk.stock.acts import LEVELS
+from inventory_sdk.stock.batch import Answered
+from inventory_sdk.stock.decorators import StockDecorators
+from inventory_sdk.stock.engine import Engine, StockSettings
+from inventory_sdk.stock.stock import Durability, Stock
+from inventory_sdk.sync.worker import Worker
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+MAX_PARTITIONS: Final = 4096
+
+
+class Inventory(StockDecorators):
+    """The stock of one or many shops.
+
+    ``redis``: a URL or a redis.asyncio client; ``"memory://"`` embeds everything, worker included. ``queue``: an ``amqp://`` URL;
+    None: the journal in Redis is the queue. ``database``: a SQLAlchemy URL with an async driver, or an AsyncEngine. ``merchant``:
+    for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` is
+    kept in the ledger and must be the same in every process. ``durability``: for calls that name none; None: ``"queue"`` where
+    one is configured, else ``"redis"``. ``metrics``: sinks; None: Prometheus' default registry.
+
+    Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
+    """
+
+    def __init__(
+        self,
+        redis: str | Redis,
+        *,
+        queue: str | None = None,
+        database: str | AsyncEngine | None = None,
+        merchant: str | None = "default",
+        namespace: str = "inventory",
+        partitions: int = 1,
+        admission: str = "redis",
+        durability: Durability | None = None,
+        lanes: Mapping[str, Lane] | None = None,
+        metrics: Sequence[Metrics] | None = None,
+        table_prefix: str = "inventory_",
+        redis_timeout: float = 2.0,
+        results_window: float = 86_400.0,
+    ) -> None:
+        super().__init__()
+        if type(partitions) is not int or not 1 <= partitions <= MAX_PARTITIONS:
+            raise InvalidOperation("partitions", partitions, f"must be a whole number from 1 to {MAX_PARTITIONS}")
+        check_text("namespace", namespace)
+        if set(namespace) & set("{}:"):
+            raise InvalidOperation("namespace", namespace, "must not contain braces or colons: they belong to the Redis keys")
+        if admission != "redis":
+            raise InvalidOperation("admission", admission, "must be 'redis' in this release")
+        if durability is not None and durability not in LEVELS:
+            raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)} in this release")
+        self._servers = servers_for(redis, queue, database)
+        self._settings = StockSettings(
+            namespace=namespace, partitions=partitions, redis_timeout=redis_timeout, results_window=results_window
+        )
+        self._prefix = table_prefix
+        self._merchant = merchant
+        self._durability: str | None = durability
+        self._metrics = _sink(metrics)
+        self.lanes: dict[str, Lane] = dict(lanes) if lanes is not None else {"core": Lane(), "batch": Lane(max_concurrency=4)}
+        self._ledger_part = self._servers.make_ledger(table_prefix)
+        self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
+        self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
+        self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+        self.stock = Stock(self._engine, merchant=merchant, durability=self._default_durability, reach=self._reach)
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> Self:
+        """From INVENTORY_REDIS_URL, INVENTORY_QUEUE_URL, INVENTORY_DATABASE_URL, INVENTORY_MERCHANT, INVENTORY_NAMESPACE,
+        INVENTORY_PARTITIONS and INVENTORY_DURABILITY; keyword arguments win."""
+        arguments: dict[str, Any] = {}
+        for name, variable in (
+            ("redis", "INVENTORY_REDIS_URL"),
+            ("queue", "INVENTORY_QUEUE_URL"),
+            ("database", "INVENTORY_DATABASE_URL"),
+            ("merchant", "INVENTORY_MERCHANT"),
+            ("namespace", "INVENTORY_NAMESPACE"),
+            ("partitions", "INVENTORY_PARTITIONS"),
+            ("durability", "INVENTORY_DURABILITY"),
+        ):
+            value = os.environ.get(variable)
+            if value:
+                arguments[name] = value
+        if "partitions" in arguments:
+            text = arguments["partitions"]
+            if not text.isdecimal():
+                raise InvalidOperation("INVENTORY_PARTITIONS", text, "must be a whole number")
+            arguments["partitions"] = int(text)
+        arguments.update(overrides)
+        if "redis" not in arguments:
+            raise InvalidOperation("INVENTORY_REDIS_URL", None, "set it to redis://host:port/db, or to memory:// to embed everything")
+        return cls(**arguments)
+
+    # Life --------------------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect in this event loop. Counted: each ``start`` wants its ``close``."""
+        loop = asyncio.get_running_loop()
+        async with self._changing.setdefault(loop, asyncio.Lock()):
+            if loop not in self._here:
+                running = Running(
+                    self._servers, self._ledger_part, self._settings, self._metrics, self._hooks, self._registry
+                )
+                try:
+                    await running.start()
+                except BaseException:
+                    await running.close()
+                    raise
+                self._here[loop] = running
+            self._uses[loop] = self._uses.get(loop, 0) + 1
+
+    async def close(self) -> None:
+        """The counterpart of ``start``; the last one waits for what is under way and disconnects."""
+        loop = asyncio.get_running_loop()
+        async with self._changing.setdefault(loop, asyncio.Lock()):
+            if loop not in self._here:
+                raise NotStarted
+            self._uses[loop] -= 1
+            if self._uses[loop]:
+                return
+            running = self._here[loop]
+            try:
+                await self._afterwards.drain()
+                await running.close()
+            finally:
+                del self._here[loop], self._uses[loop]
+        if running.failure is not None:
+            raise InventoryError(f"a background task of the inventory died: {running.failure!r}") from running.failure
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def create_schema(self) -> None:
+        """Make the ledger's tables where they are missing, and open the stock."""
+        running = self._running()
+        await running.ledger.create_schema()
+        async with self._changing[asyncio.get_running_loop()]:
+            await running.open_stock()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The SQL truth: balances, operations, ``verify()``."""
+        return self._ledger_part
+
+    async def settled(self, receipt: Receipt | None = None, *, timeout: float = LEDGER_TIMEOUT) -> None:
+        """Returns once the ledger has applied what is journaled now, or this receipt. ``DurabilityNotReached`` after ``timeout``
+        seconds, and at once where no worker has given a sign of life for ten."""
+        running = self._ready()
+        if receipt is not None:
+            positions = [position for position in receipt.positions if position.epoch]
+        else:
+            positions = []
+            for partition in running.engine.partitions:
+                hello = await partition.hello()
+                if hello.epoch and hello.sequence:
+                    positions.append(Position(partition.number, hello.epoch, hello.sequence))
+        await running.watermark.settled(positions, timeout)
+
+    @asynccontextmanager
+    async def worker(self, **options: Any) -> AsyncIterator[Worker]:
+        """Apply the journal to the ledger, expire holds, run later-functions, in this event loop, until the block ends.
+
+        ``options`` as for ``sync.worker.Worker``. In ``memory://`` a worker runs inside already.
+        """
+        async with self:
+            async with self._ready().make_worker(**options) as worker:
+                yield worker
+
+    @asynccontextmanager
+    async def replaced(
+        self,
+        *,
+        redis: str | Redis = "memory://",
+        database: str | AsyncEngine | None = None,
+        queue: str | None = None,
+        stock: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> AsyncIterator[Self]:
+        """For tests: this same object, decorators included, on other servers, with a worker inside, stocked with
+        ``{merchant: {sku: units}}``. What was there is back afterwards."""
+        servers = servers_for(redis, queue, database or "sqlite+aiosqlite://", embedded=True)
+        kept = self._servers, self._ledger_part, self._here, self._uses
+        self._servers = servers
+        self._ledger_part = servers.make_ledger(self._prefix)
+        self._here, self._uses = WeakKeyDictionary(), WeakKeyDictionary()
+        try:
+            async with self:
+                for merchant, units in (stock or {}).items():
+                    lines = [Line(sku, quantity) for sku, quantity in units.items()]
+                    await self.stock.restock_many(lines, merchant=merchant, operation_id="replaced")
+                yield self
+        finally:
+            self._servers, self._ledger_part, self._here, self._uses = kept
+
+    # The parts, as they are now --------------------------------------------------------------------------------------------------
+
+    def _running(self) -> Running:
+        running = self._here.get(asyncio.get_running_loop())
+        if running is None:
+            raise NotStarted
+        return running
+
+    def _ready(self) -> Running:
+        running = self._running()
+        if running.failure is not None:
+            raise InventoryError(f"a background task of the inventory died: {running.failure!r}") from running.failure
+        if not running.open:
+            raise NotStarted("the ledger has no schema yet (await inventory.create_schema()), so the stock")
+        return running
+
+    def _engine(self) -> Engine:
+        return self._ready().engine
+
+    def _default_durability(self) -> str:
+        running = self._running()
+        if self._durability is None or (self._servers.embedded and self._durability == "queue"):
+            return running.default_durability
+        return self._durability
+
+    async def _reach(self, _: Engine, position: Position, level: str, key: str, batch: Answered | None) -> OperationRow | None:
+        running = self._ready()
+        if level == "queue" and not running.queue.confirms:
+            raise InvalidOperation("durability", level, "needs a queue that confirms: Inventory(queue='amqp://…')")
+        return await running.reach(position, level, key, batch)
+
+    def _stock_acts(self) -> Stock:
+        self._running()
+        return self.stock
+
+    def _ledger(self) -> Ledger:
+        return self._ledger_part
+
+    def _default_merchant(self) -> str | None:
+        return self._merchant
+
+
+def _sink(metrics: Sequence[Metrics] | None) -> Metrics:
+    if metrics is None:
+        from inventory_sdk.metrics.prometheus import PrometheusMetrics
+
+        return PrometheusMetrics()
+    return metrics[0] if len(metrics) == 1 else Fanout(metrics)

@@ -1,0 +1,201 @@
+"""What one Inventory has open in one event loop: connections, engine, publisher, watermark, and the worker where it runs inside."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from inventory_sdk.errors import DurabilityNotReached, InsufficientStock, InventoryError
+from inventory_sdk.ledger.protocol import Ledger, OperationRow
+from inventory_sdk.metrics import Happened, Metrics
+from inventory_sdk.model import OpeningBalance, Position, Shortage, split_key
+from inventory_sdk.servers import Servers
+from inventory_sdk.stock.batch import Answered, read_entries
+from inventory_sdk.stock.decorators import Hooks
+from inventory_sdk.stock.engine import Engine, StockSettings
+from inventory_sdk.stock.entering import open_balances
+from inventory_sdk.stock.later import Registry
+from inventory_sdk.stock.partition import Partition
+from inventory_sdk.sync.publish import Publisher
+from inventory_sdk.sync.queues import from_url
+from inventory_sdk.sync.queues.protocol import PublishFailed
+from inventory_sdk.sync.recovery import open_first
+from inventory_sdk.sync.watermark import Watermark
+from inventory_sdk.sync.worker import Worker
+
+log = logging.getLogger("inventory_sdk")
+
+LEDGER_TIMEOUT: Final = 30.0
+"""Seconds that ``durability="database"`` and ``settled()`` wait."""
+
+
+class Running:
+    """One event loop's half of an Inventory. ``open`` is False while the ledger has no schema."""
+
+    def __init__(self, servers: Servers, ledger: Ledger, settings: StockSettings, metrics: Metrics, hooks: Hooks, later: Registry) -> None:
+        self._servers = servers
+        self._hooks = hooks
+        self._later = later
+        self._metrics = metrics
+        self.ledger = ledger
+        self.settings = settings
+        self.open = False
+        self.failure: BaseException | None = None
+        self.client = servers.make_client()
+        self.queue = from_url(
+            servers.queue,
+            settings.namespace,
+            client_factory=lambda: self.client,
+            partitions=settings.partitions,
+            metrics=metrics,
+        )
+        self._publisher = Publisher(self.queue, metrics)
+        self.engine = Engine(
+            self.client,
+            ledger,
+            settings,
+            metrics,
+            self._publisher.publish if self.queue.confirms else None,
+            self._open_balances if hooks.reads_stock is not None else None,
+            self._refused,
+        )
+        self.watermark = Watermark(ledger, self.engine.upkeep.worker_seen)
+        self._verdicts: dict[Position, asyncio.Task[list[OperationRow]]] = {}
+        self._worker: Worker | None = None
+
+    @property
+    def default_durability(self) -> str:
+        """``queue`` where one confirms, else ``redis``."""
+        return "queue" if self.queue.confirms else "redis"
+
+    async def start(self) -> None:
+        """Connect; open the stock if the ledger has its schema (an embedded one is made)."""
+        await self.ledger.start()
+        await self.queue.start()
+        if self._servers.embedded:
+            await self.ledger.create_schema()
+        if await self.ledger.check_schema():
+            log.warning("the ledger has no (complete) schema yet: await inventory.create_schema(), or inventory-sdk schema")
+            return
+        await self.open_stock()
+
+    async def open_stock(self) -> None:
+        """Hold our settings against the ledger's, and make the first epoch of each partition where there is none."""
+        if self.open:
+            return
+        for name, value in (("partitions", str(self.settings.partitions)), ("partition_by", "merchant")):
+            stored = await self.ledger.settle_setting(name, value)
+            if stored != value:
+                raise InventoryError(f"{name}={value!r}, but this ledger was made with {stored!r}; all processes must agree")
+        for partition in range(self.settings.partitions):
+            await open_first(self.engine.upkeep, self.ledger, self.queue, partition)
+        self.open = True
+        if self._servers.embedded:
+            self._worker = self.make_worker()
+            await self._worker.start()
+
+    def make_worker(self, **options: Any) -> Worker:
+        """A worker over all partitions, on this loop's connections."""
+        self._later.check()
+        return Worker(
+            self.engine.upkeep,
+            self.ledger,
+            self.queue,
+            partitions=range(self.settings.partitions),
+            metrics=self._metrics,
+            writes_stock=self._hooks.writes_stock,
+            on_event=self._tell,
+            on_failure=self._failed,
+            tasks=self._later if len(self._later) else None,
+            **options,
+        )
+
+    async def close(self) -> None:
+        """Everything that was opened, in the order in which it is no longer needed; the first error is raised at the end."""
+        failures: list[BaseException] = []
+        steps = [self.engine.close, self._publisher.close]
+        if self._worker is not None:
+            steps.append(self._worker.stop)
+        for step in (*steps, self.queue.close, self.ledger.close, self._close_client):
+            try:
+                await step()
+            except Exception as error:
+                log.exception("closing %s failed", step.__qualname__)
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def _close_client(self) -> None:
+        await self.client.aclose()
+        await self.client.connection_pool.disconnect()
+
+    async def reach(self, position: Position, level: str, key: str, batch: Answered | None) -> OperationRow | None:
+        """Until the operation is as durable as ``level`` says. A row is answered where the ledger found that an earlier
+        operation of this id stands: the first receipt. ``DurabilityNotReached``; ``InsufficientStock`` if the ledger refused it."""
+        if position.epoch == 0:  # it entered through the ledger
+            return None
+        if level == "queue":
+            await self._confirmed(position, batch)
+            return None
+        await self.watermark.reached(position, LEDGER_TIMEOUT)
+        return await self._verdict(position, key) if level == "database" else None
+
+    async def _confirmed(self, position: Position, batch: Answered | None) -> None:
+        publication = batch.confirmed if batch is not None else None
+        if publication is None:
+            # A replay earns its level again; an entry that is trimmed has been applied.
+            view = self.engine.partitions[position.partition]
+            entries = await read_entries(view, position.epoch, position.sequence - 1, position.sequence, 1)
+            if not entries:
+                return
+            publication = self._publisher.publish(*position, entries[0][1].decode())
+        try:
+            await publication
+        except PublishFailed as error:
+            raise DurabilityNotReached("queue", position, None, None, str(error)) from error
+
+    async def _verdict(self, position: Position, key: str) -> OperationRow | None:
+        task = self._verdicts.get(position)
+        if task is None:
+            task = asyncio.create_task(self.ledger.operations_at([position]), name="inventory verdicts")
+            self._verdicts[position] = task
+            task.add_done_callback(lambda _: self._verdicts.pop(position, None))
+        for row in await asyncio.shield(task):
+            if row.key != key or row.status in ("applied", "undone"):
+                continue
+            first = await self.ledger.operation(key)
+            if row.status == "duplicate" and first is not None:
+                return first
+            raise InsufficientStock(
+                [Shortage(*split_key(field), quantity, 0) for field, quantity in zip(row.lines[::2], row.lines[1::2], strict=True)]
+            )
+        return None
+
+    async def _open_balances(self, engine: Engine, partition: Partition, fields: Sequence[str]) -> None:
+        reads = self._hooks.reads_stock
+        assert reads is not None
+
+        async def read(merchant: str, skus: Sequence[str]) -> Sequence[OpeningBalance]:
+            from sqlalchemy.ext.asyncio import AsyncSession
+
+            ledger: Any = self.ledger
+            async with AsyncSession(ledger.engine) as session:
+                return list(await reads(merchant, skus, session))
+
+        await open_balances(engine, partition, fields, read)
+
+    def _refused(self, partition: int, status: str) -> None:
+        # The worker finds the cause by itself; here it is only counted.
+        self._metrics.record(Happened("refused", {"partition": str(partition), "status": status}))
+
+    def _failed(self, error: BaseException) -> None:
+        self.failure = error
+
+    async def _tell(self, name: str, facts: Mapping[str, Any]) -> None:
+        for handler in self._hooks.handlers.get(name, ()):
+            result = handler(facts)
+            if inspect.isawaitable(result):
+                await result

@@ -1,0 +1,124 @@
+"""Read by mypy --strict and basedpyright, never run. What must fail has an ignore; an ignore that nothing needs is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, assert_type
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from inventory_sdk.errors import InsufficientStock
+from inventory_sdk.model import Movement, OpeningBalance, Receipt
+from inventory_sdk.stock.decorators import StockDecorators
+from inventory_sdk.weave import injected
+
+
+class Item: ...
+
+
+class OutOfStock(Exception): ...
+
+
+def reference(receipt: Receipt) -> int:
+    return len(receipt.lines)
+
+
+def declare(inventory: StockDecorators) -> None:
+    @inventory.reserves(run="now", operation_id="order_id", lines="items", sku="id", quantity="qty", ttl=900)
+    async def place(order_id: str, items: list[Item], receipt: Receipt = injected()) -> int:
+        return 1
+
+    @inventory.deducts(run="later", name="book", operation_id="order_id", sku=lambda order_id: order_id, quantity=1)
+    async def book(order_id: str, session: AsyncSession = injected()) -> None: ...
+
+    @inventory.deducts(run="later", name="count", result=reference, sku="order_id", quantity=1)
+    async def count(order_id: str) -> None: ...
+
+    class Service:
+        @inventory.reserves(
+            run="now", session="session", lines="items", ttl=lambda items: 5, raises={InsufficientStock: OutOfStock}
+        )
+        async def hold(self, session: AsyncSession, items: list[Item], *, receipt: Receipt = injected()) -> str:
+            return receipt.operation_id
+
+        @classmethod
+        @inventory.releases(run="now", reservation="name")
+        async def free(cls, name: str) -> bytes:
+            return b""
+
+        @staticmethod
+        @inventory.restocks(run="now", sku="sku", quantity=1)
+        async def receive(sku: str) -> float:
+            return 1.0
+
+        @inventory.confirms(run="later", name="ship", reservation="name")
+        async def ship(self, name: str) -> None: ...
+
+        @classmethod
+        @inventory.takes_back(run="later", name="refund", of="order", lines="items", result=lambda receipt: receipt.lines)
+        async def refund(cls, order: str, items: list[Item]) -> None: ...
+
+        @inventory.adjusts(run="now", lines="items", reason="why")
+        async def adjust(self, items: list[Item], why: str) -> None: ...
+
+    async def calls(service: Service, session: AsyncSession, receipt: Receipt, items: list[Item]) -> None:
+        assert_type(await place("o", items), int)
+        assert_type(await place(order_id="o", items=items, receipt=receipt), int)
+        assert_type(await book("o"), Receipt)
+        assert_type(await count("o"), int)
+        assert_type(await service.hold(session, items), str)
+        assert_type(await Service.free("o"), bytes)
+        assert_type(await service.receive("a"), float)
+        assert_type(await service.ship("o"), Receipt)
+        assert_type(await Service.ship(service, "o"), Receipt)
+        assert_type(await Service.refund("o", items), tuple[Any, ...])  # type: ignore[assert-type]  # pyright: ignore[reportAssertTypeFailure]
+        assert_type(await service.adjust(items, "why"), None)
+
+        await place(1, items)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        await place("o")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        await book(order=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        await service.hold(session)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        await service.ship()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+    inventory.weave("shop.services:StockService.hold", inventory.deducts(run="now", sku="sku", quantity=1))
+
+    @inventory.writes_stock
+    async def write(moves: Sequence[Movement], session: AsyncSession) -> None: ...
+
+    @inventory.reads_stock
+    async def read(merchant: str, skus: Sequence[str], session: AsyncSession) -> Iterable[OpeningBalance]:
+        return []
+
+    @inventory.on("expired")
+    def handle(event: object) -> None: ...
+
+    @inventory.provides(Service)
+    async def make(session: AsyncSession) -> Service:
+        return Service()
+
+    kept: Callable[..., Coroutine[Any, Any, Service]] = make
+    _ = (calls, write, read, handle, kept)
+
+
+def refused(inventory: StockDecorators) -> None:
+    inventory.reserves(lines="items")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    inventory.reserves(run="soon", lines="items")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    inventory.reserves(run="now", lnes="items")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    inventory.reserves(run="now", lines="items", of="order")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    inventory.reserves(run="later", lines="items")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    inventory.deducts(run="now", lines="items", durability="safe")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    inventory.confirms(run="now")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    inventory.takes_back(run="now", lines="items")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    inventory.restocks(run="now", lines="items", session="s")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+
+    @inventory.deducts(run="now", sku="sku", quantity=1)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    def sync(sku: str) -> None: ...
+
+    @inventory.deducts(run="later", name="n", sku="sku", quantity=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async def returns_something(sku: str) -> int:
+        return 1
+
+    @inventory.writes_stock  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    def write(moves: Sequence[Movement], session: AsyncSession) -> None: ...
+
+    _ = (sync, returns_something, write)

@@ -1,0 +1,89 @@
+"""Metrics: every event lands in a series, sinks don't hurt each other, and several inventories share collectors."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from inventory_sdk.metrics import Applied, BatchSent, Event, Fanout, Happened, NoMetrics, Published, Retried
+from inventory_sdk.metrics.prometheus import PrometheusMetrics
+
+BATCH = BatchSent(0, "core", 12, {"reserve": 8, "deduct": 2}, {"insufficient": 1}, 1, 0.004)
+APPLIED = Applied(0, 3, 41, 500, 2, 1, 4, 0.2, 0.03)
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+def test_every_event_is_counted_in_base_units(registry: CollectorRegistry) -> None:
+    metrics = PrometheusMetrics(registry)
+    for event in (BATCH, BATCH, Published(0, 0.002), Published(0, 0.1, failed="timeout"), APPLIED, Retried("ledger", "OSError")):
+        metrics.record(event)
+    metrics.record(Happened("frozen", {"partition": "0", "why": "meta_missing"}))
+    metrics.record(Happened("dead_letter", {"task": "write_order"}))
+    value = registry.get_sample_value
+    assert value("inventory_operations_accepted_total", {"kind": "reserve"}) == 16
+    assert value("inventory_operations_refused_total", {"reason": "insufficient"}) == 2
+    assert value("inventory_operations_replayed_total", {"lane": "core"}) == 2
+    assert value("inventory_batch_operations_sum", {"lane": "core"}) == 24
+    assert value("inventory_batch_seconds_count", {"lane": "core"}) == 2
+    assert value("inventory_entries_published_total", {"partition": "0"}) == 1
+    assert value("inventory_publish_failures_total", {"partition": "0", "reason": "timeout"}) == 1
+    assert value("inventory_publish_seconds_sum", {"partition": "0"}) == pytest.approx(0.002)
+    assert value("inventory_operations_applied_total", {"partition": "0"}) == 500
+    assert value("inventory_operations_rejected_total", {"partition": "0"}) == 2
+    assert value("inventory_operations_duplicate_total", {"partition": "0"}) == 1
+    assert value("inventory_entries_redelivered_total", {"partition": "0"}) == 4
+    assert value("inventory_apply_lag_seconds_sum", {"partition": "0"}) == pytest.approx(0.2)
+    assert value("inventory_apply_seconds_sum", {"partition": "0"}) == pytest.approx(0.03)
+    assert value("inventory_applied_sequence", {"partition": "0"}) == 41
+    assert value("inventory_applied_epoch", {"partition": "0"}) == 3
+    assert value("inventory_retries_total", {"what": "ledger", "reason": "OSError"}) == 1
+    assert value("inventory_events_total", {"name": "frozen", "partition": "0", "reason": "meta_missing"}) == 1
+    assert value("inventory_events_total", {"name": "dead_letter", "partition": "", "reason": "write_order"}) == 1
+
+
+def test_two_inventories_in_one_process_share_the_collectors(registry: CollectorRegistry) -> None:
+    first, second = PrometheusMetrics(registry), PrometheusMetrics(registry)
+    first.record(BATCH)
+    second.record(BATCH)
+    assert registry.get_sample_value("inventory_operations_accepted_total", {"kind": "deduct"}) == 4
+
+
+def test_another_registry_has_its_own_collectors(registry: CollectorRegistry) -> None:
+    other = CollectorRegistry()
+    PrometheusMetrics(registry).record(APPLIED)
+    PrometheusMetrics(other)
+    assert other.get_sample_value("inventory_operations_applied_total", {"partition": "0"}) is None
+
+
+def test_the_default_is_the_global_registry_and_can_be_made_again() -> None:
+    PrometheusMetrics()
+    PrometheusMetrics().record(BATCH)
+
+
+class Keeps:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def record(self, event: Event) -> None:
+        self.events.append(event)
+
+
+class Breaks:
+    def record(self, event: Event) -> None:
+        raise RuntimeError("no disk")
+
+
+def test_a_sink_that_raises_is_logged_once_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    before, behind = Keeps(), Keeps()
+    fanout = Fanout([before, Breaks(), behind, NoMetrics()])
+    with caplog.at_level(logging.ERROR):
+        fanout.record(BATCH)
+        fanout.record(APPLIED)
+    assert before.events == behind.events == [BATCH, APPLIED]
+    assert len(caplog.records) == 1
