@@ -61,6 +61,7 @@ class Running:
             self._publisher.publish if self.queue.confirms else None,
             self._open_balances if hooks.reads_stock is not None else None,
             self._refused,
+            hooks.writes_stock,
         )
         self.watermark = Watermark(ledger, self.engine.upkeep.worker_seen)
         self._verdicts: dict[Position, asyncio.Task[list[OperationRow]]] = {}

@@ -49,9 +49,7 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 def body(sequence: int, *, operations: int = 1, nonce: str | None = None) -> str:
     """The text of an entry whose operations are deducts of one unit, ``o<sequence>-<index>``."""
-    ops = [
-        ["deduct", f"m\x1fo{sequence}-{index}", "f", ["m\x1fsku", 1], [9], "", "", 0, ""] for index in range(operations)
-    ]
+    ops = [["deduct", f"m\x1fo{sequence}-{index}", "f", ["m\x1fsku", 1], [9], "", "", 0, ""] for index in range(operations)]
     return encode(nonce or f"n{sequence}", 1_700_000_000_000, ops)
 
 
@@ -412,9 +410,7 @@ class Shop:
         options = {"idle": 0.01, "take_over": 0.05, "first_delay": 0.001, "longest_delay": 0.01, "housekeeping": 0.01} | options
         redis: Any = self.redis
         ledger: Any = self.ledger
-        return Worker(
-            redis, ledger, self.queue, partitions=[0], metrics=self.facts, on_event=self.facts.on_event, name="w", **options
-        )
+        return Worker(redis, ledger, self.queue, partitions=[0], metrics=self.facts, on_event=self.facts.on_event, name="w", **options)
 
     async def publish(self, *sequences: int, text: str | None = None) -> None:
         for sequence in sequences:

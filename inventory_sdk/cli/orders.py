@@ -41,7 +41,8 @@ class OrderLine:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """One call to make. ``of``: the sale that a return belongs to. Quantities in ``lines`` are positive."""
+    """One call to make. ``of``: the sale that a return belongs to. Quantities in ``lines`` are
+    positive, also those that an adjustment takes away."""
 
     kind: Literal["restock", "deduct", "take_back", "adjust"]
     merchant: str

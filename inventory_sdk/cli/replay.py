@@ -13,7 +13,7 @@ from inventory_sdk.cli.orders import Act
 from inventory_sdk.cli.patience import patiently
 from inventory_sdk.cli.proof import Expected
 from inventory_sdk.cli.recount import Recount
-from inventory_sdk.model import Receipt, key_of, split_key
+from inventory_sdk.model import Line, Receipt, key_of, split_key
 
 if TYPE_CHECKING:
     from inventory_sdk.inventory import Inventory
@@ -76,7 +76,8 @@ async def call(inventory: Inventory, act: Act) -> Receipt:
     if act.kind == "restock":
         return await stock.restock(act.lines, merchant=act.merchant, operation_id=act.operation_id, order=order)
     if act.kind == "adjust":
-        return await stock.adjust(act.lines, merchant=act.merchant, operation_id=act.operation_id, order=order, reason="in the orders file")
+        lost = [Line(line.sku, -line.quantity) for line in act.lines]
+        return await stock.adjust(lost, merchant=act.merchant, operation_id=act.operation_id, order=order, reason="in the orders file")
     assert act.of is not None
     return await stock.take_back(act.lines, of=act.of, merchant=act.merchant, operation_id=act.operation_id, order=order)
 

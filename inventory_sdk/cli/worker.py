@@ -89,14 +89,19 @@ async def serve(inventory: Inventory) -> bool:
 async def until(inventory: Inventory, stop: asyncio.Event) -> None:
     """Until ``stop``, or until a task of the worker dies, which is raised: whoever supervises the process starts it anew."""
     async with inventory.worker() as working:
-        log.info("worker %s is running", working.name)
-        waits = [asyncio.ensure_future(working.wait()), asyncio.ensure_future(stop.wait())]
+        asked = asyncio.ensure_future(stop.wait())
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if waits[0].done():
-                waits[0].result()
+            for step, said in ((working.ready, "is running"), (working.wait, "has stopped")):
+                going = asyncio.ensure_future(step())
+                try:
+                    await asyncio.wait({going, asked}, return_when=asyncio.FIRST_COMPLETED)
+                    if not going.done():
+                        break
+                    going.result()
+                    log.info("worker %s %s", working.name, said)
+                finally:
+                    going.cancel()
+                    await asyncio.wait({going})
         finally:
-            for each in waits:
-                each.cancel()
-            await asyncio.wait(waits)
+            asked.cancel()
     log.info("worker has ended")

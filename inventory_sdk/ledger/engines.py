@@ -75,7 +75,7 @@ class Engines:
         ):
             return url
         folder = tempfile.mkdtemp(prefix="inventory-ledger-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._finalizer = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._volatile = True
         return url.set(database=str(Path(folder) / "ledger.db"), query={})
 
@@ -157,6 +157,7 @@ class Engines:
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that is rolled back."""
         async with self.bound().engine.connect() as connection:
+            await connection.begin()
             if self.sqlite and not await self._in_transaction(connection):
                 # The driver begins by itself only before a write; without this every statement would see another moment.
                 await connection.exec_driver_sql("BEGIN")

@@ -256,8 +256,11 @@ class Ledger(Protocol):
         with ``entries`` they are consecutive. The watermark passes them, nothing moves for them."""
         ...
 
-    async def enter(self, partition: int, epoch: int, operations: Sequence[Entering]) -> list[Entered]:
-        """SQL-first operations with their pending credits. ``EpochClosed`` unless ``epoch`` is the open one; a known id with
+    async def enter(
+        self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()
+    ) -> list[Entered]:
+        """SQL-first operations with their pending credits, all or none; ``writes`` get what moved, opening balances excepted
+        (they come from the service's own tables). ``EpochClosed`` unless ``epoch`` is the open one; a known id with
         another fingerprint is ``OperationConflict``; returning more than was sold is ``InvalidOperation``."""
         ...
 

@@ -186,6 +186,8 @@ def _before(site: Site, room: Room, act: Act, ask: Asking, proceed: Proceed) -> 
             raise
         if bound is None:
             await _through(room, take.finish, translating)
+        else:
+            bound.join()
         return result
 
     return run

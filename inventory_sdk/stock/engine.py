@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from inventory_sdk import context
 from inventory_sdk.errors import Overloaded
-from inventory_sdk.ledger.protocol import Ledger
+from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics.events import Happened, Metrics
 from inventory_sdk.model import JournalOperation, partition_of, split_key
 from inventory_sdk.stock.batch import NOT_LOADED, PIN, Answer, Batcher, Publish, read_entries
@@ -52,7 +52,9 @@ class Engine:
         publish: Publish | None,
         opener: Callable[[Engine, Partition, Sequence[str]], Awaitable[None]] | None,
         on_refused: Callable[[int, str], None],
+        writes_stock: Sequence[WritesStock] = (),
     ) -> None:
+        self.writes_stock = writes_stock
         self.ledger = ledger
         self.settings = settings
         self.metrics = metrics

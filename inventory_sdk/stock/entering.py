@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen
-from inventory_sdk.ledger.protocol import Entering, EpochClosed
+from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen, UnknownStock
+from inventory_sdk.ledger.protocol import Credit, Entering, EpochClosed
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.answers import refused
@@ -56,11 +56,12 @@ async def enter(
         reason=str(extra.get("reason", "")),
         extra=json.dumps(extra, separators=(",", ":")) if extra else "",
     )
+    await engine.loader.opened(partition, flat[::2])
     waited = False
     for _ in range(5):
         await partition.known()
         try:
-            (entered,) = await engine.ledger.enter(partition.number, int(partition.epoch), [entering])
+            (entered,) = await engine.ledger.enter(partition.number, int(partition.epoch), [entering], engine.writes_stock)
         except EpochClosed:
             partition.forget()
             continue
@@ -75,10 +76,11 @@ async def enter(
         break
     else:
         raise StockFrozen(f"partition {partition.number} is being recovered", retry_after=0.5)
+    engine.loader.now_known(flat[::2])
     if entered.credit is None:
         return Done(entered.position, entered.remaining, entered.replayed)
     try:
-        answer, _ = await engine.send(partition, credit_operation(entered.credit))
+        answer = await _credited(engine, partition, entered.credit, flat[::2])
     except (Overloaded, OutcomeUnknown) as error:
         raise OutcomeUnknown(split_key(key)[1], f"it is in the ledger, its credit is pending: {error}") from error
     if answer[0] == REPLAY:
@@ -88,6 +90,16 @@ async def enter(
     if answer[0] != DONE:
         raise refused(answer)
     return Done(entered.position, answer[1:], entered.replayed)
+
+
+async def _credited(engine: Engine, partition: Partition, credit: Credit, fields: Sequence[str]) -> list[Any]:
+    engine.loader.arrived(fields)
+    try:
+        return (await engine.send(partition, credit_operation(credit)))[0]
+    except UnknownStock:
+        # A load that was under way looked before our transaction had committed; the next one finds the rows.
+        engine.loader.arrived(fields)
+        return (await engine.send(partition, credit_operation(credit)))[0]
 
 
 ReadsStock = Callable[[str, Sequence[str]], Awaitable[Sequence[OpeningBalance]]]
@@ -109,13 +121,12 @@ async def open_balances(engine: Engine, partition: Partition, fields: Sequence[s
                 raise InvalidOperation("sku", balance.sku, "reads_stock answered a SKU that was not asked for")
             field = key_of(merchant, balance.sku)
             held = tuple((field, name, quantity) for name, quantity in balance.reservations)
-            total = balance.available + sum(quantity for _, _, quantity in held)
             operations.append(
                 Entering(
                     kind="open",
                     key=key_of(merchant, f"\x1fopen\x1f{balance.sku}"),
                     fingerprint="open",
-                    lines=(field, total),
+                    lines=(field, balance.available),
                     reservations=held,
                 )
             )

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from inventory_sdk.errors import OutcomeUnknown, StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import EpochClosed, Ledger
-from inventory_sdk.model import split_key
+from inventory_sdk.model import key_of, split_key
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.wire import ReplyLost
 
@@ -46,6 +46,11 @@ class Loader:
             if self._unknown.get(field, 0.0) > now:
                 raise UnknownStock(*split_key(field))
 
+    def now_known(self, fields: Sequence[str]) -> None:
+        """These have just entered the ledger."""
+        for field in fields:
+            self._unknown.pop(field, None)
+
     async def load(self, partition: Partition, fields: Sequence[str]) -> None:
         """Bring these fields into Redis; ``UnknownStock`` names the first that the ledger does not have.
 
@@ -63,6 +68,20 @@ class Loader:
         for task in tasks:
             await asyncio.shield(task)
         self.check_known(fields)
+
+    async def opened(self, partition: Partition, fields: Sequence[str]) -> None:
+        """Before anything enters: what the service's tables say of fields that the ledger has no row for. An operation that made
+        the row would hide their opening balance for good."""
+        if self._opener is not None:
+            known = {key_of(row.merchant, row.sku) for row in await self._ledger.stock(fields)}
+            missing = [field for field in fields if field not in known]
+            if missing:
+                await self._opener(partition, missing)
+
+    def arrived(self, fields: Sequence[str]) -> None:
+        """The ledger has rows for these now: a seller must not hear for another second that they are unknown."""
+        for field in fields:
+            self._unknown.pop(field, None)
 
     async def close(self) -> None:
         """Waits for loads under way."""

@@ -50,11 +50,12 @@ class Ending(Protocol):
 class Binding:
     """One take, tied to the root transaction of one session."""
 
-    def __init__(self, ending: Ending, insist: Insist, asynchronous: AsyncSession | None, root: SessionTransaction | None) -> None:
+    def __init__(self, session: Session, asynchronous: AsyncSession | None, ending: Ending, insist: Insist) -> None:
+        self.session = session
         self.ending = ending
         self.insist = insist
         self.asynchronous = asynchronous
-        self.root = root
+        self.root: SessionTransaction | None = session.get_transaction()
         self.loop = asyncio.get_running_loop()
         self.connection: Any = None
         self.prepared = False
@@ -62,6 +63,12 @@ class Binding:
         self.rolled_back = False
         self.ended = False
         self.dropped = False
+
+    def join(self) -> None:
+        """The function returned. If it began no transaction, one begins now: ``rollback()`` or ``close()`` of a session that has
+        none would go unseen, and a later, foreign transaction would decide."""
+        if self.root is None:
+            self.session.begin()
 
     def drop(self) -> bool:
         """The function raised: True if the take is now the caller's to undo, False if the transaction has spoken or will."""
@@ -96,7 +103,7 @@ def bind(session: Session, asynchronous: AsyncSession | None, ending: Ending, in
     if watch is None:
         watch = session.info[_KEY] = _Watch()
         watch.listen(session)
-    binding = Binding(ending, insist, asynchronous, session.get_transaction())
+    binding = Binding(session, asynchronous, ending, insist)
     watch.bindings.append(binding)
     return binding
 
@@ -146,8 +153,7 @@ class _Watch:
             binding.rolled_back = binding.connection is None or not (binding.connection.invalidated or binding.connection.closed)
 
     def after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
-        if transaction.parent is not None:
-            return
+        # Savepoints end here too, but a binding's root is never one.
         over = [binding for binding in self.bindings if binding.root is transaction]
         self.bindings = [binding for binding in self.bindings if binding.root is not transaction]
         for binding in over:

@@ -145,7 +145,9 @@ class Translating:
 class Take:
     """What a call has taken, and the ways it can end. Every method may be repeated."""
 
-    def __init__(self, room: Room, kind: Kind, asked: dict[str, Any], receipt: Receipt, *, deduct: bool, ttl: float | None) -> None:
+    def __init__(
+        self, room: Room, kind: Kind, asked: dict[str, Any], receipt: Receipt, *, deduct: bool, ttl: float | None
+    ) -> None:
         self.room = room
         self.kind = kind
         self.asked = asked
@@ -207,14 +209,12 @@ class SessionTake:
             await self._take.secure()
             acts = self._take.room._stock_acts()
             self._pinned = await acts.pin(self._take.receipt, resume=self._take.ttl, confirm=self._take.deduct)
-            if not self._pinned and not self._take.receipt.replayed:
-                raise ReservationExpired(self._take.receipt.operation_id)
 
     async def decide(self, connection: Any) -> None:
         ledger, name = self._take.room._ledger(), self._take.receipt.operation_id
         with self._translating:
-            # A replay of what has ended: fine if an earlier transaction had committed it. Else this one is aborted by the error,
-            # and the verdict that was just written goes with it.
+            # Not held any more: fine for a replay if an earlier transaction had committed it. Else this one is aborted by the
+            # error, and the verdict that was just written goes with it.
             verdict = await ledger.decide(self._key, "committed" if self._pinned else "aborted", connection)
             if verdict != "committed":
                 raise ReservationClosed(name, "released") if self._pinned else ReservationExpired(name)

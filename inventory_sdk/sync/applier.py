@@ -138,9 +138,7 @@ class Applier:
             name = "duplicate" if refusal.reason == "duplicate" else "rejected"
             merchant, operation_id = split_key(refusal.key)
             where = f"{self._partition}/{buffer.epoch}-{refusal.position.sequence}[{refusal.index}]"
-            log.warning(
-                "ledger refused %s %r of merchant %r at %s: %s", refusal.kind, operation_id, merchant, where, refusal.reason
-            )
+            log.warning("ledger refused %s %r of merchant %r at %s: %s", refusal.kind, operation_id, merchant, where, refusal.reason)
             parts.happened(name, partition=self._partition, kind=refusal.kind, reason=refusal.reason)
             parts.tell(
                 name,

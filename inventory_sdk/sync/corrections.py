@@ -21,9 +21,7 @@ RESEND: Final = 30.0
 class Corrections:
     """One partition's pending voids and credits; the pending rows in the ledger are the only trigger, so none is forgotten."""
 
-    def __init__(
-        self, parts: Parts, partition: int, due: asyncio.Event, *, period: float = PERIOD, grace: float = CREDIT_GRACE
-    ) -> None:
+    def __init__(self, parts: Parts, partition: int, due: asyncio.Event, *, period: float = PERIOD, grace: float = CREDIT_GRACE) -> None:
         self._parts = parts
         self._partition = partition
         self._due = due

@@ -72,6 +72,7 @@ class Follower:
         self._trouble = Backoff(parts.first_delay, 1.0)
         self._absent: int | None = None
         """The sequence that the journal was asked for and did not have."""
+        self._bound = False
         self._more = False
         """The last reading of the journal was cut off: there is more at once."""
         self.last_sign: float | None = None
@@ -140,6 +141,7 @@ class Follower:
             try:
                 if task.abandoned:
                     raise RecoveryNeeded("abandoned", f"the recovery to epoch {task.newest} was not finished")
+                self._bound = False
                 await self._follow(consumer, buffer)
             except RecoveryNeeded as need:
                 await self._recover(consumer, buffer, need, task.newest)
@@ -263,9 +265,7 @@ class Follower:
 
     async def _fill(self, buffer: Buffer, missing: int) -> None:
         try:
-            pairs = await self._parts.stock_side.read_journal(
-                self._partition, buffer.epoch, missing - 1, buffer.highest, FILL_COUNT
-            )
+            pairs = await self._parts.stock_side.read_journal(self._partition, buffer.epoch, missing - 1, buffer.highest, FILL_COUNT)
         except Exception as error:  # noqa: BLE001 - counted, looked at again
             self._absent = None
             # What is consecutive without the missing one is applied all the same; the hole is looked at again afterwards.
@@ -281,10 +281,28 @@ class Follower:
         except ForkFound as fork:
             raise RecoveryNeeded("fork", str(fork)) from fork
 
+    async def _bind(self, buffer: Buffer) -> None:
+        """A broker that was emptied lets nothing in until somebody binds the epoch. One that is away is tried again at the next
+        idle moment: meanwhile the journal is read."""
+        parts = self._parts
+        try:
+            await parts.queue.bind(self._partition, buffer.epoch)
+        except Exception as error:  # noqa: BLE001 - counted, tried again
+            parts.retried("queue", error, self._trouble.attempts + 1)
+            return
+        newest = await parts.persist("ledger", lambda: parts.ledger.partition(self._partition))
+        if newest is None or newest.epoch != buffer.epoch:
+            # Somebody fenced this epoch between our reading and our binding: the fence must stand.
+            await parts.persist("queue", lambda: parts.queue.unbind(self._partition, buffer.epoch))
+            raise EpochMoved(f"the ledger is at {newest}")
+        self._bound = True
+
     async def _check(self, buffer: Buffer) -> None:
         """Is Redis what the ledger remembers? Then read the journal to its end, so that an entry whose publisher died gets in."""
         parts = self._parts
         self._more = False
+        if not self._bound:
+            await self._bind(buffer)
         try:
             state = await parts.stock_side.journal_state(self._partition)
         except Exception as error:  # noqa: BLE001 - Redis is away: counted, asked again

@@ -183,8 +183,6 @@ async def until_readable(parts: Parts, buffer: Buffer) -> None:
         if backoff.attempts == 1:
             log.error("partition %d is held: %s", buffer.partition, error)
             parts.happened("unreadable", partition=buffer.partition)
-            parts.tell(
-                "unreadable", {"partition": buffer.partition, "epoch": buffer.epoch, "sequence": sequence, "error": str(error)}
-            )
+            parts.tell("unreadable", {"partition": buffer.partition, "epoch": buffer.epoch, "sequence": sequence, "error": str(error)})
         if await waited(parts.stopping, delay):
             raise Halted from error

@@ -117,7 +117,7 @@ class TaskRunner:
         try:
             return await parts.ledger.run_task(task, call)
         except Exception as error:  # noqa: BLE001 - the user's function may raise anything
-            if False:
+            if not called:
                 parts.retried("ledger", error, 1)
                 return False
             await self._failed(task, error)

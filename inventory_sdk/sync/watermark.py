@@ -105,9 +105,7 @@ class Watermark:
     def _wake(self, partition: int, poller: _Poller) -> None:
         poller.woken.set()
         if poller.task is None or poller.task.done():
-            poller.task = asyncio.get_running_loop().create_task(
-                self._poll(partition, poller), name=f"inventory-watermark-{partition}"
-            )
+            poller.task = asyncio.get_running_loop().create_task(self._poll(partition, poller), name=f"inventory-watermark-{partition}")
 
     async def _poll(self, partition: int, poller: _Poller) -> None:
         pause = self._shortest

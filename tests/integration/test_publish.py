@@ -213,7 +213,9 @@ async def test_closing_drains_what_can_be_confirmed_and_cancels_the_rest() -> No
 
 async def test_a_queue_that_does_not_confirm_is_not_published_to_and_promises_nothing() -> None:
     class Journal(ScriptedQueue):
-        confirms = False  # type: ignore[misc]
+        @property
+        def confirms(self) -> bool:
+            return False
 
     queue = Journal(confirm)
     publisher = Publisher(queue, Seen())

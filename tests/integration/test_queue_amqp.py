@@ -341,6 +341,19 @@ async def test_a_queue_deleted_under_its_consumer_comes_back(direct: AmqpQueue, 
         assert sequences(await drained(consumer, 1)) == {2}
 
 
+async def test_a_consumer_that_rabbitmq_has_forgotten_comes_back(direct: AmqpQueue, amqp_url: str, namespace: str) -> None:
+    """As after deleting and making a queue in one breath, which RabbitMQ 3.10 doesn't always tell."""
+    watching = AmqpQueue(amqp_url, namespace, watch_interval=0.1)
+    async with watching.consume(0, 1, 0) as consumer:
+        await direct.publish(0, 1, 1, "body", LONG)
+        assert sequences(await drained(consumer, 1)) == {1}
+        channel = consumer._channel
+        assert channel is not None
+        await channel.basic_cancel(next(iter(channel.consumers)))
+        await direct.publish(0, 1, 2, "body", LONG)
+        assert sequences(await drained(consumer, 1)) == {2}
+
+
 async def test_entries_are_persistent_and_carry_their_position(direct: AmqpQueue, amqp_url: str, namespace: str) -> None:
     await direct.publish(0, 1, 5, "body", LONG)
     await direct.mark(0, 1, LONG)

@@ -7,15 +7,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from redis.asyncio import Redis
-from sqlalchemy.ext.asyncio import create_async_engine
-
-from inventory_sdk.ledger.schema import tables
-from inventory_sdk.sync.queues import from_url
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = Path(os.environ.get("INVENTORY_TEST_ORDERS", ROOT.parent / "shared/data/online_retail_2011-12.csv.gz"))
@@ -29,26 +23,6 @@ def orders() -> Path:
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
     return ORDERS
-
-
-@pytest.fixture
-async def swept(namespace: str, redis_url: str, amqp_url: str, request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    """The namespace; whatever the test left under it on the servers is removed."""
-    yield namespace
-    client = Redis.from_url(redis_url)
-    keys = [key async for key in client.scan_iter(match=f"*{namespace}*", count=1000)]
-    if keys:
-        await client.delete(*keys)
-    await client.aclose()
-    queue = from_url(amqp_url, namespace)
-    await queue.start()
-    await queue.delete(0)
-    await queue.close()
-    for fixture in {"postgresql_url", "mariadb_url"} & set(request.fixturenames):
-        engine = create_async_engine(request.getfixturevalue(fixture))
-        async with engine.begin() as connection:
-            await connection.run_sync(tables(f"{namespace}_").metadata.drop_all)
-        await engine.dispose()
 
 
 def demo(*arguments: str | Path) -> list[str]:

@@ -179,8 +179,10 @@ def test_no_two_pairs_share_a_key(merchant: str, name: str, other_merchant: str,
 @pytest.mark.parametrize(
     ("kind", "reference", "flat", "expected"),
     [
-        ("reserve", "", ["m1\x1fa", 2], "b47ac97d2fcf6a3b"),
-        ("deduct", "", ["m1\x1fa", 2], "b2501338a0c9f1a3"),
+        ("reserve", "", ["m1\x1fa", 2], "r2 m1\x1fa"),
+        ("deduct", "", ["m1\x1fa", 2], "d2 m1\x1fa"),
+        ("adjust", "", ["m1\x1fa", 2], "a2 m1\x1fa"),
+        ("deduct", "", ["m1\x1fa-sku-with-a-longer-name", 2], "7750a5691cae2690"),
         ("confirm", "order-42", [], "f5893ae56c7a9ad4"),
         ("take_back", "order-43", ["m1\x1fa", 1, "m1\x1fé", 2], "80b164f91cae7794"),
     ],

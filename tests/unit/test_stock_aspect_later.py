@@ -50,9 +50,9 @@ def stock() -> FakeStock:
 
 
 @pytest.fixture
-def shop(stock: FakeStock) -> Iterator[Shop]:
+def shop(stock: FakeStock) -> Shop:
     CALLS.clear()
-    yield Shop(stock)
+    return Shop(stock)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ async def test_the_caller_gets_the_receipt_and_the_worker_calls_with_the_same_ar
     receipt = await book(*arguments, tags=frozenset({"gift"}))
     assert (receipt.operation_id, stock.available["a"], CALLS) == ("o1", 4, [])
     await shop._registry.run(stored(stock), session, RECEIPT)
-    assert CALLS == [(*arguments, frozenset({"gift"}), session, session.sync_session, RECEIPT)]
+    assert [(*arguments, frozenset({"gift"}), session, session.sync_session, RECEIPT)] == CALLS
 
 
 async def test_result_makes_what_the_caller_gets(shop: Shop) -> None:
@@ -296,7 +296,7 @@ async def test_a_method_gets_its_self_from_the_provider(session: AsyncSession, m
     SHOP._registry.check()
     await Service("caller").book("o-" + make.__name__)
     await SHOP._registry.run(stored(SHOP.stock), session, RECEIPT)
-    assert CALLS == [(session, "o-" + make.__name__), *after]
+    assert [(session, "o-" + make.__name__), *after] == CALLS
 
 
 @pytest.mark.usefixtures("without_providers")
@@ -304,14 +304,14 @@ async def test_a_provider_that_yields_sees_the_methods_error(session: AsyncSessi
     SHOP.provides(Service)(yielding)
     with pytest.raises(RuntimeError):
         await SHOP._registry.run(Stored("Service.book", 1, '{"order_id": "fails"}'), session, RECEIPT)
-    assert CALLS == [(session, "fails"), "failed", "closed"]
+    assert [(session, "fails"), "failed", "closed"] == CALLS
 
 
 @pytest.mark.usefixtures("without_providers")
 async def test_classmethods_and_staticmethods_need_no_provider(session: AsyncSession) -> None:
     for name in ("Service.note", "Service.log"):
         await SHOP._registry.run(Stored(name, 1, '{"order_id": "x"}'), session, RECEIPT)
-    assert CALLS == [(Service, "x"), "x"]
+    assert [(Service, "x"), "x"] == CALLS
 
 
 @pytest.mark.usefixtures("without_providers")
@@ -320,11 +320,11 @@ async def test_a_subclass_may_provide_unless_there_are_two(session: AsyncSession
 
     class Two(Service): ...
 
-    SHOP.provides(One)(lambda session: One(session))
+    SHOP.provides(One)(One)
     SHOP._registry.check()
     await SHOP._registry.run(Stored("Service.book", 1, '{"order_id": "x"}'), session, RECEIPT)
-    assert CALLS == [(session, "x")]
-    SHOP.provides(Two)(lambda session: Two(session))
+    assert [(session, "x")] == CALLS
+    SHOP.provides(Two)(Two)
     with pytest.raises(TypeError, match="several subclasses have one"):
         SHOP._registry.check()
 

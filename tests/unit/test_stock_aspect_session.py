@@ -110,6 +110,35 @@ async def test_a_close_without_commit_gives_the_stock_back(shop: Shop, engine: A
     assert state(shop) == BACK
 
 
+@pytest.mark.parametrize("end", ["rollback", "close"])
+async def test_a_session_that_the_function_did_not_touch_decides_all_the_same(shop: Shop, engine: AsyncEngine, end: str) -> None:
+    @shop.deducts(run="now", session="session", operation_id="order_id", sku=lambda: "a", quantity=2)
+    async def sell(session: AsyncSession, order_id: str) -> None: ...
+
+    async with AsyncSession(engine) as session:
+        await sell(session, "o1")
+        await getattr(session, end)()
+        assert state(shop) == BACK
+        await session.commit()
+        assert state(shop) == BACK
+        await sell(session, "o1")
+        await session.commit()
+        assert state(shop) == SOLD
+
+
+async def test_a_function_may_begin_the_transaction_itself(shop: Shop, engine: AsyncEngine) -> None:
+    @shop.deducts(run="now", session="session", operation_id="order_id", sku=lambda: "a", quantity=2)
+    async def sell(session: AsyncSession, order_id: str) -> None:
+        async with session.begin():
+            await session.execute(insert(ORDERS).values(id=order_id, count=2))
+
+    async with AsyncSession(engine) as session:
+        await sell(session, "o1")
+        assert state(shop) == SOLD
+        async with session.begin():
+            pass
+
+
 async def test_a_savepoint_that_is_released_or_rolled_back_decides_nothing(shop: Shop, engine: AsyncEngine) -> None:
     async with AsyncSession(engine) as session:
         async with session.begin_nested():
@@ -228,9 +257,7 @@ async def test_a_commit_whose_answer_was_lost_counts_if_the_ledger_has_its_decis
     assert state(shop) == SOLD
 
 
-async def test_a_commit_whose_answer_was_lost_is_aborted_for_good_if_the_ledger_has_no_decision(
-    shop: Shop, engine: AsyncEngine
-) -> None:
+async def test_a_commit_whose_answer_was_lost_is_aborted_for_good_if_the_ledger_has_no_decision(shop: Shop, engine: AsyncEngine) -> None:
     await after_a_lost_commit(shop, engine, first=False)
     await shop.drained()
     assert state(shop) == (5, [], {"o1": "released"})
@@ -259,6 +286,7 @@ async def test_a_replay_of_what_was_committed_commits_without_another_effect(sho
             await selling(shop)(session, "o1")
             await session.commit()
     assert state(shop) == SOLD
+    assert shop.stock.log.count("settle confirm") == 1
 
 
 async def test_a_replay_that_rolls_back_leaves_the_first_calls_stock(shop: Shop, engine: AsyncEngine) -> None:
@@ -324,9 +352,7 @@ async def test_a_sync_session_is_committed_from_a_thread(shop: Shop, tmp_path: P
     engine.dispose()
 
 
-async def test_a_sync_session_committed_inside_the_event_loop_is_refused_and_its_stock_goes_back(
-    shop: Shop, tmp_path: Path
-) -> None:
+async def test_a_sync_session_committed_inside_the_event_loop_is_refused_and_its_stock_goes_back(shop: Shop, tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path}/shop.db", poolclass=NullPool, connect_args={"check_same_thread": False})
     with Session(engine) as session:
         await selling(shop)(session, "o1")
@@ -338,9 +364,7 @@ async def test_a_sync_session_committed_inside_the_event_loop_is_refused_and_its
 
 
 @pytest.mark.parametrize(("order", "expected"), [("o1", SOLD), ("fails", BACK)])
-async def test_a_framework_that_commits_after_the_response_decides(
-    shop: Shop, engine: AsyncEngine, order: str, expected: Any
-) -> None:
+async def test_a_framework_that_commits_after_the_response_decides(shop: Shop, engine: AsyncEngine, order: str, expected: Any) -> None:
     app = FastAPI()
     after_response: list[Any] = []
 

@@ -145,9 +145,7 @@ async def test_an_entry_that_was_lost_with_its_epoch_is_named(watermark: Waterma
         await asyncio.wait_for(watermark.reached(Position(0, 1, 7), timeout=600), 5)
 
 
-async def test_while_the_next_epoch_is_being_rebuilt_the_old_ones_entries_may_still_come(
-    watermark: Watermark, ledger: Counting
-) -> None:
+async def test_while_the_next_epoch_is_being_rebuilt_the_old_ones_entries_may_still_come(watermark: Watermark, ledger: Counting) -> None:
     await ledger.raise_epoch(0, 1)
     waiting = asyncio.create_task(watermark.reached(Position(0, 1, 7)))
     await until(lambda: ledger.asked > 3)

@@ -193,7 +193,7 @@ def test_an_async_generator_is_refused_at_decoration() -> None:
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda: place(), r"place\(\) missing 1 required positional argument: 'order_id'"),
+        (place, r"place\(\) missing 1 required positional argument: 'order_id'"),
         (lambda: place("a", nope=1), r"place\(\) got an unexpected keyword argument 'nope'"),
         (lambda: place("a", 1, 2), r"place\(\) takes from 1 to 2 positional arguments but 3"),
         (lambda: Service().method(), r"Service.method\(\) missing 1 required positional argument: 'name'"),

@@ -207,6 +207,50 @@ async def test_a_second_worker_takes_over_what_the_first_did_not_acknowledge(sho
     assert in_order(shop, 1)
 
 
+async def test_a_broker_that_was_emptied_is_bound_again(shop: Shop) -> None:
+    await shop.queue.delete(0)
+    shop.redis.write(1)
+    async with shop.worker() as worker:
+        await worker.ready()
+        await shop.publish(1)
+        await until(lambda: shop.queue.acked == [1])
+
+
+async def test_without_the_broker_the_journal_is_still_followed(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind, broken = shop.queue.bind, True
+
+    async def away(partition: int, epoch: int) -> None:
+        if broken:
+            raise ConnectionError("no broker")
+        await bind(partition, epoch)
+
+    await shop.queue.delete(0)
+    monkeypatch.setattr(shop.queue, "bind", away)
+    shop.redis.write(1)
+    async with shop.worker():
+        await until(lambda: shop.ledger.watermark() == 1)
+        broken = False
+        shop.redis.write(2)
+        await until(lambda: shop.queue._partition(0).bound == {1})
+        await shop.publish(2)
+        await until(lambda: shop.queue.acked == [2])
+
+
+async def test_an_epoch_that_was_fenced_while_it_was_bound_stays_fenced(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind = shop.queue.bind
+
+    async def late(partition: int, epoch: int) -> None:
+        if epoch == 1 and max(shop.ledger.rows[0]) == 1:
+            await shop.ledger.raise_epoch(0, 1)
+            await shop.queue.unbind(0, 1)
+        await bind(partition, epoch)
+
+    monkeypatch.setattr(shop.queue, "bind", late)
+    async with shop.worker():
+        await until(lambda: "recovered" in shop.facts.names())
+    assert 1 not in shop.queue._partition(0).bound
+
+
 async def test_batches_are_cut_at_the_limit_and_a_larger_entry_goes_alone(shop: Shop) -> None:
     for sequence in range(1, 41):
         shop.redis.write(sequence, body(sequence, operations=15 if sequence == 20 else 1))

@@ -58,9 +58,7 @@ async def test_a_task_gets_the_receipt_of_its_operation(shop: Shop, registry: Re
     add(shop, task(1))
     async with shop.worker(tasks=registry):
         await until(lambda: shop.ledger.done == [1])
-    assert registry.receipts == [
-        Receipt("o1", "reserve", "m", "g", (ReceiptLine("m", "a", 2, 5),), (Position(0, 1, 1),), "database")
-    ]
+    assert registry.receipts == [Receipt("o1", "reserve", "m", "g", (ReceiptLine("m", "a", 2, 5),), (Position(0, 1, 1),), "database")]
 
 
 async def test_tasks_of_a_group_run_one_after_another_in_order(shop: Shop, registry: Registry) -> None:
@@ -124,9 +122,7 @@ async def test_a_failing_task_is_tried_again_then_a_dead_letter_and_its_group_go
     assert shop.facts.names() == ["dead_letter"]
 
 
-async def test_pauses_between_attempts_grow_up_to_the_longest(
-    shop: Shop, registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_pauses_between_attempts_grow_up_to_the_longest(shop: Shop, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float | None] = []
     note = shop.ledger.fail_task
 

@@ -214,7 +214,7 @@ end
 local function journaled(i, op, lines, remaining, expires_at, kind)
   journal[#journal + 1] = {kind or op[1], op[2], op[3], lines, remaining, op[5], op[6], expires_at, op[8]}
   if lines == op[4] then
-    answers[i] = '[0,' .. concat(remaining, ',') .. ']'
+    answers[i] = #remaining > 0 and '[0,' .. concat(remaining, ',') .. ']' or '[0]'
   else
     answers[i] = '[-1,' .. cjson.encode(remaining) .. ',' .. cjson.encode(lines) .. ']'
   end

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
 
 import aio_pika
 from aio_pika.abc import AbstractConnection
@@ -42,8 +41,6 @@ class AmqpQueue:
     ``watch_interval`` seconds a consumer makes sure that RabbitMQ still knows it. ``partitions`` is what ``check`` looks at.
     """
 
-    confirms: Final = True
-
     def __init__(
         self,
         url: str,
@@ -68,6 +65,11 @@ class AmqpQueue:
             self._url += f"{'&' if '?' in url else '?'}heartbeat={heartbeat}"
         self._metrics = metrics
         self._links = PerLoop(lambda: Link(self._connect, self._topology, max_in_flight, metrics))
+
+    @property
+    def confirms(self) -> bool:
+        """True."""
+        return True
 
     async def start(self) -> None:
         """Nothing to do: a RabbitMQ that is away must not keep a service from starting. ``check`` tells."""

@@ -131,15 +131,17 @@ def parse(delivered: DeliveredMessage, partition: int, tag: object) -> Message:
     headers: Mapping[str, Any] = properties.headers or {}
     if properties.message_type not in ("entry", "marker"):
         raise Unparseable(f"type is {properties.message_type!r}, not entry or marker")
-    numbers = [headers.get(name) for name in ("partition", "epoch", "sequence")]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise Unparseable(f"headers partition, epoch, sequence are {numbers}, not whole numbers")
-    if numbers[0] != partition:
-        raise Unparseable(f"it is of partition {numbers[0]}, this is the queue of {partition}")
+    said = [headers.get(name) for name in ("partition", "epoch", "sequence")]
+    numbers = [number for number in said if type(number) is int and number >= 0]
+    if len(numbers) < len(said):
+        raise Unparseable(f"headers partition, epoch, sequence are {said}, not whole numbers")
+    of, epoch, sequence = numbers
+    if of != partition:
+        raise Unparseable(f"it is of partition {of}, this is the queue of {partition}")
     try:
         body = delivered.body.decode()
     except UnicodeDecodeError as error:
         raise Unparseable(f"the body is not UTF-8: {error}") from error
     redelivered = bool(getattr(delivered.delivery, "redelivered", False))
     marker = properties.message_type == "marker"
-    return Message(partition, int(headers["epoch"]), int(headers["sequence"]), body, tag, marker, redelivered)
+    return Message(partition, epoch, sequence, body, tag, marker, redelivered)

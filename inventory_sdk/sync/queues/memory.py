@@ -82,12 +82,15 @@ class MemoryQueue:
     Several event loops may use it one after another, not at the same time.
     """
 
-    confirms: Final = True
-
     def __init__(self) -> None:
         self._partitions: dict[int, _Partition] = {}
         self._subscribers: dict[int, list[asyncio.Queue[Message]]] = {}
         self._last_tag = 0
+
+    @property
+    def confirms(self) -> bool:
+        """True."""
+        return True
 
     async def start(self) -> None:
         """Nothing to do."""

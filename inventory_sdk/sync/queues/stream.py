@@ -111,12 +111,15 @@ class StreamQueue:
     ``confirms`` is False: Redis has the only copy until the ledger has it.
     """
 
-    confirms: Final = False
-
     def __init__(self, client_factory: Callable[[], Redis], namespace: str, metrics: Metrics | None = None) -> None:
         self._client_factory = client_factory
         self._namespace = namespace
         self._metrics = metrics
+
+    @property
+    def confirms(self) -> bool:
+        """False."""
+        return False
 
     async def start(self) -> None:
         """Nothing to do."""

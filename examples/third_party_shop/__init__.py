@@ -1,0 +1,1 @@
+"""Stands for a package that one installs and can't edit."""

@@ -1,0 +1,365 @@
+"""A shop for the stock tests: Engine and Stock on fakeredis or a real Redis, and a ledger in plain Python that applies the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import fakeredis
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from inventory_sdk.errors import OperationConflict
+from inventory_sdk.ledger.protocol import (
+    Balance,
+    Credit,
+    Entered,
+    Entering,
+    EpochClosed,
+    OperationRow,
+    ReservationRow,
+    StockRow,
+    Void,
+    WritesStock,
+)
+from inventory_sdk.metrics.events import BatchSent, Event
+from inventory_sdk.model import LEDGER_DELTAS, SEPARATOR, JournalEntry, JournalOperation, Line, Position, key_of
+from inventory_sdk.stock.batch import Publish
+from inventory_sdk.stock.engine import Engine, StockSettings
+from inventory_sdk.stock.journal import decode
+from inventory_sdk.stock.partition import KEY_NAMES
+from inventory_sdk.stock.stock import Stock
+from tests.conftest import service_url
+
+MERCHANT: Final = "m1"
+SERVERS: Final = ["fakeredis", pytest.param("redis", marks=pytest.mark.redis)]
+
+
+def lines(**quantities: int) -> list[Line]:
+    """``lines(a=2, b=1)``."""
+    return [Line(sku, quantity) for sku, quantity in quantities.items()]
+
+
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Return as soon as it holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+@dataclass
+class Recorded:
+    """A metrics sink. ``on_batch`` runs synchronously with every batch that was answered."""
+
+    events: list[Event] = field(default_factory=list)
+    on_batch: Callable[[BatchSent], None] | None = None
+
+    def record(self, event: Event) -> None:
+        self.events.append(event)
+        if self.on_batch is not None and isinstance(event, BatchSent):
+            self.on_batch(event)
+
+    def batches(self) -> list[BatchSent]:
+        return [event for event in self.events if isinstance(event, BatchSent)]
+
+
+class FakeLedger:
+    """Rows are [available, reserved]; ``pending`` credits are part of available, and not of what a load may bring."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[int]] = {}
+        self.pending: dict[str, Credit] = {}
+        self.entered: dict[str, tuple[str, Entered]] = {}
+        self.operations: dict[str, OperationRow] = {}
+        self.holds: dict[str, ReservationRow] = {}
+        self.reads: list[tuple[str, ...]] = []
+        self.entries = 0
+        self.reading = 0
+        self.most_reading = 0
+        self.gate: asyncio.Event | None = None
+        self.failure: Exception | None = None
+        self.open_epochs: dict[int, int] = {}
+        self._sequence = 0
+
+    def stocked(self, merchant: str = MERCHANT, **available: int) -> None:
+        """Rows that stand in the ledger and not yet in Redis."""
+        for sku, quantity in available.items():
+            self.rows[key_of(merchant, sku)] = [quantity, 0]
+
+    @asynccontextmanager
+    async def balances(self, partition: int, epoch: int, fields: Sequence[str]) -> AsyncIterator[Mapping[str, Balance]]:
+        self.reads.append(tuple(fields))
+        self.reading += 1
+        self.most_reading = max(self.most_reading, self.reading)
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            if self.failure is not None:
+                raise self.failure
+            if self.open_epochs.get(partition, epoch) != epoch:
+                raise EpochClosed(f"epoch {epoch} is closed")
+            yield {name: Balance(name, self.rows[name][0] - self._owed(name), self.rows[name][1]) for name in fields if name in self.rows}
+        finally:
+            self.reading -= 1
+
+    def _owed(self, name: str) -> int:
+        return sum(
+            credit.lines[i + 1] for credit in self.pending.values() for i in range(0, len(credit.lines), 2) if credit.lines[i] == name
+        )
+
+    async def enter(
+        self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()
+    ) -> list[Entered]:
+        self.entries += 1
+        if self.open_epochs.get(partition, epoch) != epoch:
+            raise EpochClosed(f"epoch {epoch} is closed")
+        return [self._enter(partition, epoch, operation) for operation in operations]
+
+    def _enter(self, partition: int, epoch: int, operation: Entering) -> Entered:
+        known = self.entered.get(operation.key)
+        if known is not None:
+            if known[0] != operation.fingerprint:
+                raise OperationConflict(operation.key.partition(SEPARATOR)[2])
+            return replace(known[1], replayed=True)
+        if operation.key in self.operations:
+            raise OperationConflict(operation.key.partition(SEPARATOR)[2])
+        self._sequence += 1
+        position = Position(partition, 0, self._sequence)
+        credit = Credit(position, epoch, operation.key, operation.lines) if operation.kind != "open" else None
+        if credit is not None:
+            self.pending[operation.key] = credit
+        remaining = []
+        for name, quantity in zip(operation.lines[::2], operation.lines[1::2], strict=True):
+            self.rows.setdefault(name, [0, 0])[0] += quantity
+            remaining.append(self.rows[name][0])
+        entered = Entered(position, tuple(remaining), credit, False)
+        self.entered[operation.key] = (operation.fingerprint, entered)
+        return entered
+
+    async def operation(self, key: str) -> OperationRow | None:
+        return self.operations.get(key)
+
+    async def reservation(self, key: str) -> ReservationRow | None:
+        return self.holds.get(key)
+
+    async def stock(self, fields: Sequence[str]) -> list[StockRow]:
+        found = [(name.split(SEPARATOR), self.rows[name]) for name in fields if name in self.rows]
+        return [StockRow(merchant, sku, available, reserved, 0, 0, 0, 0) for (merchant, sku), (available, reserved) in found]
+
+    async def pending_voids(self, partition: int, epoch: int) -> list[Void]:
+        return []
+
+    # What a worker would do ------------------------------------------------------------------------------------------------
+
+    def apply(self, entries: Sequence[JournalEntry]) -> None:
+        """The journal's entries, in order, into rows, operations and reservations."""
+        for entry in entries:
+            for index, operation in enumerate(entry.operations):
+                self._apply(entry, index, operation)
+
+    def _apply(self, entry: JournalEntry, index: int, operation: JournalOperation) -> None:
+        kind, flat = operation.kind, operation.lines
+        moved = list(zip(flat[::2], flat[1::2], strict=True))
+        position = Position(entry.partition, entry.epoch, entry.sequence)
+        if kind == "credit":
+            self.pending.pop(operation.reference, None)
+            return
+        if kind == "undo":
+            of = json.loads(operation.extra)["of"]
+            deltas = LEDGER_DELTAS[of].negated()
+            del self.operations[operation.reference]
+            if of == "reserve":
+                del self.holds[operation.reference]
+        else:
+            deltas = LEDGER_DELTAS.get(kind)  # type: ignore[assignment]
+        if deltas is not None:
+            for name, quantity in moved:
+                self.rows[name][0] += deltas.available * quantity
+                self.rows[name][1] += deltas.reserved * quantity
+        if kind == "reserve":
+            flat_hold = tuple(value for name, quantity in moved for value in (name, quantity, quantity, 0, 0))
+            self.holds[operation.key] = ReservationRow(
+                operation.key, "held", operation.fingerprint, position, operation.order, operation.expires_at, False, flat_hold
+            )
+        elif kind in ("confirm", "release", "expire", "reacquire"):
+            self._close(kind, operation.reference, dict(moved))
+        elif kind in ("extend", "resume"):
+            self.holds[operation.reference] = replace(self.holds[operation.reference], expires_at=operation.expires_at, pinned=False)
+        elif kind == "tombstone":
+            self.holds[operation.reference] = ReservationRow(operation.reference, "released", "", position, "", 0, False, ())
+        if kind in ("reserve", "deduct", "adjust", "confirm", "release", "reacquire"):
+            self.operations[operation.key] = OperationRow(
+                position, index, operation.key, kind, operation.fingerprint, operation.order, operation.reference,
+                tuple(flat), tuple(operation.remaining), "applied", False, entry.at_ms,
+            )  # fmt: skip
+
+    def _close(self, kind: str, key: str, moved: dict[str, int]) -> None:
+        hold = self.holds[key]
+        flat = list(hold.lines)
+        for at in range(0, len(flat), 5):
+            quantity = moved.get(flat[at], 0)
+            if kind != "reacquire":
+                flat[at + 2] -= quantity
+            flat[at + (4 if kind in ("release", "expire") else 3)] += quantity
+        ended = not any(flat[2::5])
+        state = {"confirm": "confirmed", "reacquire": "confirmed", "release": "released", "expire": "expired"}[kind]
+        self.holds[key] = replace(hold, lines=tuple(flat), state=state if ended else "held")
+
+
+class FakeRebuilding:
+    """What ``Ledger.rebuilding`` gives a rebuild; ``opened`` when the ledger's side was committed."""
+
+    def __init__(self, ledger: FakeLedger) -> None:
+        self._ledger = ledger
+        self.opened = False
+
+    async def balances(self, size: int) -> AsyncIterator[Sequence[Balance]]:
+        rows = [Balance(name, *numbers) for name, numbers in sorted(self._ledger.rows.items())]
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+    async def reservations(self, size: int) -> AsyncIterator[Sequence[ReservationRow]]:
+        rows = [row for row in self._ledger.holds.values() if row.state == "held"]
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+    async def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
+        rows = [row for row in self._ledger.operations.values() if row.at_ms >= since_ms]
+        rows.sort(key=lambda row: row.position, reverse=True)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+    async def open(self) -> None:
+        self.opened = True
+
+
+@dataclass
+class Shop:
+    """One process on one stock."""
+
+    client: Redis
+    settings: StockSettings
+    ledger: FakeLedger
+    metrics: Recorded
+    engine: Engine
+    stock: Stock
+    refusals: list[tuple[int, str]]
+
+    def key(self, name: str, partition: int = 0) -> str:
+        return self.engine.partitions[partition].key(name)
+
+    async def open(self, epoch: int = 1) -> None:
+        """Freeze and rebuild every partition under this epoch, from the ledger."""
+        for partition in range(self.settings.partitions):
+            await self.engine.upkeep.freeze(partition, epoch)
+            await self.engine.upkeep.rebuild(partition, epoch, FakeRebuilding(self.ledger))
+
+    async def snapshot(self, *, without: Sequence[str] = ()) -> dict[str, Any]:
+        """All that Redis holds of this stock, by key."""
+        client: Any = self.client
+        found: dict[str, Any] = {}
+        for partition in self.engine.partitions:
+            for name in KEY_NAMES:
+                if name in without:
+                    continue
+                key = partition.key(name)
+                kind = await client.type(key)
+                if kind == b"hash":
+                    found[key] = await client.hgetall(key)
+                elif kind == b"zset":
+                    found[key] = await client.zrange(key, 0, -1, withscores=True)
+                elif kind == b"stream":
+                    found[key] = await client.xrange(key)
+                elif kind != b"none":
+                    found[key] = await client.get(key)
+        return found
+
+    async def journal(self, epoch: int = 1, partition: int = 0) -> list[JournalEntry]:
+        rows = await self.engine.upkeep.read_journal(partition, epoch, 0, None, 100_000)
+        return [decode(partition, epoch, sequence, body) for sequence, body in rows]
+
+    async def run(self, *operations: list[Any], lane: str = "raw") -> list[list[Any]]:
+        """The script's answers to these operations, sent as one batch in this order."""
+        batcher = self.engine.batcher(self.engine.partitions[0], lane)
+        answers = await asyncio.gather(*(batcher.submit(operation) for operation in operations))
+        assert len({answered.position for _, answered in answers}) == 1, "they did not go as one batch"
+        return [answer for answer, _ in answers]
+
+    async def counters(self, sku: str, merchant: str = MERCHANT) -> tuple[int, int]:
+        """(available, reserved)."""
+        level = await self.stock.level(sku, merchant=merchant)
+        return level.available, level.reserved
+
+    async def make_due(self, reservation: str, merchant: str = MERCHANT) -> str:
+        """Its time has come, by the ZSET's word."""
+        key = key_of(merchant, reservation)
+        assert await self.client.zadd(self.key("expiry"), {key: 1}, xx=True, ch=True) == 1
+        return key
+
+    async def expire(self, *reservations: str) -> None:
+        """Time comes for these, and the worker expires them."""
+        keys = [await self.make_due(name) for name in reservations]
+        expired = await self.engine.upkeep.expire(0, keys)
+        assert list(expired.keys) == keys
+
+    async def wipe(self) -> None:
+        for partition in self.engine.partitions:
+            await self.client.delete(*(partition.key(name) for name in (*KEY_NAMES, "worker")))
+
+
+async def reached(*_: Any) -> None:
+    """No durability beyond Redis in these tests."""
+    return
+
+
+def plain_client(url: str, **options: Any) -> Redis:
+    """A client of its own that retries nothing."""
+    return Redis.from_url(url, **{"retry": Retry(NoBackoff(), 0), "protocol": 2, **options})
+
+
+@asynccontextmanager
+async def on_client(
+    client: Redis,
+    namespace: str,
+    *,
+    ledger: FakeLedger | None = None,
+    merchant: str | None = MERCHANT,
+    publish: Publish | None = None,
+    opener: Any = None,
+    **settings: Any,
+) -> AsyncIterator[Shop]:
+    """Engine and Stock on this client, which stays the caller's."""
+    metrics, refusals = Recorded(), list[tuple[int, str]]()
+    ledger = ledger or FakeLedger()
+    chosen = StockSettings(namespace=namespace, **settings)
+    engine = Engine(client, ledger, chosen, metrics, publish, opener, lambda *why: refusals.append(why))  # type: ignore[arg-type]
+    stock = Stock(lambda: engine, merchant=merchant, durability=lambda: "redis", reach=reached)
+    try:
+        yield Shop(client, chosen, ledger, metrics, engine, stock, refusals)
+    finally:
+        await engine.close()
+
+
+@asynccontextmanager
+async def shop_on(server: str, namespace: str, stocked: Mapping[str, int] | None = None, **options: Any) -> AsyncIterator[Shop]:
+    """An open shop on ``"fakeredis"``, ``"redis"`` or a URL, with these SKUs in its ledger; Redis is left as it was found."""
+    if server == "fakeredis":
+        client: Redis = fakeredis.FakeAsyncRedis(protocol=2)
+    else:
+        client = plain_client(service_url("redis") if server == "redis" else server)
+    try:
+        async with on_client(client, namespace, **options) as shop:
+            shop.ledger.stocked(**(stocked or {}))
+            await shop.open()
+            try:
+                yield shop
+            finally:
+                await shop.wipe()
+    finally:
+        await client.aclose()
