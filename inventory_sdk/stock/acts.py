@@ -213,7 +213,8 @@ class Acts:
         key = f"{merchant}\x1f{name}"
         operation = [kind, key, fingerprint(kind, "", flat), flat, order or "", "", hold_ms, extra, "", ""]
         orphaned = partial(self._give_back, engine, partition, kind, key, flat) if made_up else None
-        answer, batch = await engine.batcher(partition, context.lane.get()).submit(operation, orphaned)
+        batcher = engine.batcher(partition, context.lane.get())
+        answer, batch = await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
         code = answer[0]
         if code == NOT_LOADED:
             answer, batch = await engine.send_again(partition, operation, (answer, batch), orphaned)

@@ -120,6 +120,17 @@ class Batcher:
             self._task = self._loop.create_task(self._run(), name=f"inventory batch {self.partition.number}/{self.lane}")
         return future
 
+    async def ask(self, operation: list[Any], orphaned: Callable[[Answer], None]) -> Answer:
+        """``submit`` for a caller that may go away at any moment: ``orphaned`` also gets an answer that had come, but that its
+        caller was cancelled before it could look at."""
+        future = self.submit(operation, orphaned)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                orphaned(future.result())
+            raise
+
     async def close(self) -> None:
         """Waits for what is under way: an operation that was sent gets its answer."""
         while self._task is not None:

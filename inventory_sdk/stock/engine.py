@@ -92,13 +92,13 @@ class Engine:
             self._batchers[key] = batcher
         return batcher
 
-    async def send(self, partition: Partition, operation: list[Any], orphaned: Callable[[Answer], None] | None = None) -> Answer:
+    async def send(self, partition: Partition, operation: list[Any]) -> Answer:
         """One operation's answer, its stock loaded first where it was not; waits a moment for a pinned hold's decider."""
-        answer = await self.batcher(partition, context.lane.get()).submit(operation, orphaned)
+        answer = await self.batcher(partition, context.lane.get()).submit(operation)
         code = answer[0][0]
         if code != NOT_LOADED and code != PIN:
             return answer
-        return await self.send_again(partition, operation, answer, orphaned)
+        return await self.send_again(partition, operation, answer, None)
 
     async def send_again(
         self, partition: Partition, operation: list[Any], answer: Answer, orphaned: Callable[[Answer], None] | None
@@ -122,7 +122,7 @@ class Engine:
                 await asyncio.sleep(pause)
             else:
                 return answer
-            answer = await batcher.submit(operation, orphaned)
+            answer = await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
 
     async def _submit_upkeep(self, partition: Partition, operation: list[Any]) -> Answer:
         return await self.batcher(partition, "upkeep").submit(operation)

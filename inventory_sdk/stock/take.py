@@ -145,9 +145,7 @@ class Translating:
 class Take:
     """What a call has taken, and the ways it can end. Every method may be repeated."""
 
-    def __init__(
-        self, room: Room, kind: Kind, asked: dict[str, Any], receipt: Receipt, *, deduct: bool, ttl: float | None
-    ) -> None:
+    def __init__(self, room: Room, kind: Kind, asked: dict[str, Any], receipt: Receipt, *, deduct: bool, ttl: float | None) -> None:
         self.room = room
         self.kind = kind
         self.asked = asked

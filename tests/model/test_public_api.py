@@ -196,9 +196,7 @@ class PublicApi(RuleBasedStateMachine):
             with pytest.raises(InsufficientStock) as refusal:
                 self.run(work)
             short = {item.sku: (item.requested, item.available) for item in refusal.value.shortages}
-            assert short == {
-                sku: (quantity, shop.available[sku]) for sku, quantity in total.items() if shop.available[sku] < quantity
-            }
+            assert short == {sku: (quantity, shop.available[sku]) for sku, quantity in total.items() if shop.available[sku] < quantity}
             return None
         receipt = self.run(work)
         assert not receipt.replayed
@@ -245,7 +243,7 @@ class PublicApi(RuleBasedStateMachine):
             shop.done[name] = ("deduct", total, answers[0])
             shop.returnable[name] = total
 
-    @rule(merchant=merchants, lines=some_lines, steps=st.integers(0, 12), own_id=st.booleans(), hold=st.booleans())
+    @rule(merchant=merchants, lines=some_lines, steps=st.integers(0, 40), own_id=st.booleans(), hold=st.booleans())
     def a_caller_goes_away(self, merchant: str, lines: list[tuple[str, int]], steps: int, own_id: bool, hold: bool) -> None:
         shop, total = self.shops[merchant], summed(lines)
         name = self.new_id() if own_id else None
@@ -426,9 +424,7 @@ class PublicApi(RuleBasedStateMachine):
             assert set(rows) == shop.known
             for sku, row in rows.items():
                 found = (row.available, row.reserved, row.sold, row.supplied, row.written_off)
-                wanted = tuple(
-                    counter[sku] for counter in (shop.available, shop.reserved, shop.sold, shop.supplied, shop.written_off)
-                )
+                wanted = tuple(counter[sku] for counter in (shop.available, shop.reserved, shop.sold, shop.supplied, shop.written_off))
                 assert found == wanted, (merchant, sku)
 
     @invariant()

@@ -185,7 +185,7 @@ class Model:
             if "t" not in flag:
                 return [7]
             self.closed[reference] = Hold("r", self.mark, "", 0, "", {})
-            return [-1, {}, {}]
+            return [-1, [], []]
         if hold.state == "p" and "d" not in flag:
             return [10]
         lines = asked or [value for name in hold.lines if hold.open(name) for value in (name, hold.open(name))]
@@ -265,7 +265,7 @@ class Model:
             return [1, known.text()]
         known = Result(known.fingerprint, known.mark, known.remaining, known.order, known.lines, kept=True)
         self.results[key] = known
-        return [-1, {}, {}]
+        return [-1, [], []]
 
     def credit(self, operation: list[Any]) -> list[Any]:
         _, key, mark, lines, order, reference = operation[:6]
@@ -396,7 +396,8 @@ async def play(server: str, steps: list[Any]) -> None:
                 batch = built(step, model)
                 if not batch:
                     continue
-                answers = await shop.run(*batch)
+                # Real Redis prints an empty list as {}.
+                answers = [[[] if value == {} else value for value in answer] for answer in await shop.run(*batch)]
                 entries = await shop.engine.upkeep.read_journal(0, 1, model.sequence, None, 2)
                 now = 10
                 if entries:

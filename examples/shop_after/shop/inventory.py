@@ -28,7 +28,7 @@ async def read_stock(merchant: str, skus: Sequence[str], session: AsyncSession) 
 @inventory.writes_stock
 async def write_stock(moves: Sequence[Movement], session: AsyncSession) -> None:
     """Keep our tables: called once per batch, in the transaction that applies it, for every movement."""
-    connection = await session.connection()
+    connection = await session.connection()  # the ORM's own bulk update sets values, it can't add
     await connection.execute(
         update(Stock)
         .where(Stock.product_id == bindparam("sku"))
@@ -37,10 +37,7 @@ async def write_stock(moves: Sequence[Movement], session: AsyncSession) -> None:
             reserved=Stock.reserved + bindparam("by_reserved"),
             sold=Stock.sold + bindparam("by_sold"),
         ),
-        [
-            {"sku": move.sku, "by_available": move.available, "by_reserved": move.reserved, "by_sold": move.sold}
-            for move in moves
-        ],
+        [{"sku": move.sku, "by_available": move.available, "by_reserved": move.reserved, "by_sold": move.sold} for move in moves],
     )
     await session.execute(
         insert(StockChange),

@@ -4,20 +4,25 @@ from pathlib import Path
 import httpx
 import pytest
 from fakeredis import FakeAsyncRedis
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-
+from redis.asyncio import Redis
 from shop.api import app
 from shop.database import get_session
 from shop.inventory import inventory
 from shop.models import Base, Product, Stock, StockChange
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 PRODUCTS = {"mug": 5, "tee": 2}
 
 
 @pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
-    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/shop.db")
+def database(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path}/shop.db"
+
+
+@pytest.fixture
+async def engine(database: str) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(database)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
     async with AsyncSession(engine) as session, session.begin():
@@ -29,7 +34,12 @@ async def engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
 
 
 @pytest.fixture
-async def client(engine: AsyncEngine) -> AsyncIterator[httpx.AsyncClient]:
+def redis() -> Redis:
+    return FakeAsyncRedis()
+
+
+@pytest.fixture
+async def client(engine: AsyncEngine, redis: Redis) -> AsyncIterator[httpx.AsyncClient]:
     sessions = async_sessionmaker(engine, expire_on_commit=False)
 
     async def session() -> AsyncIterator[AsyncSession]:
@@ -39,7 +49,7 @@ async def client(engine: AsyncEngine) -> AsyncIterator[httpx.AsyncClient]:
     app.dependency_overrides[get_session] = session
     transport = httpx.ASGITransport(app)
     async with (
-        inventory.replaced(redis=FakeAsyncRedis(), database=engine),
+        inventory.replaced(redis=redis, database=engine),
         httpx.AsyncClient(transport=transport, base_url="http://shop") as client,
     ):
         yield client

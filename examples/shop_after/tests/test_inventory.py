@@ -6,13 +6,13 @@ from typing import Any
 
 import httpx
 import pytest
+from shop.inventory import inventory
+from shop.models import Paper
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from inventory_sdk import Overloaded
-from shop.inventory import inventory
-from shop.models import Paper
 
 from .test_shop import available, items, place
 
@@ -72,7 +72,7 @@ async def test_an_order_that_is_not_paid_in_time_expires(client: httpx.AsyncClie
     await inventory.stock.extend("o1", ttl=0.01)
 
     async def expired() -> bool:
-        return (await client.get("/orders/o1")).json()["status"] == "expired"
+        return bool((await client.get("/orders/o1")).json()["status"] == "expired")
 
     await until(expired)
     assert await available(client, "mug") == 5
@@ -91,9 +91,7 @@ async def test_a_till_sale_is_booked_by_the_worker(client: httpx.AsyncClient, en
     await until(booked)
 
 
-async def test_a_shop_that_is_overloaded_says_when_to_come_back(
-    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_shop_that_is_overloaded_says_when_to_come_back(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     async def full(*_: Any, **__: Any) -> None:
         raise Overloaded("the journal is full", retry_after=2.5)
 

@@ -13,7 +13,8 @@ async def place(client: httpx.AsyncClient, order_id: str, **quantities: int) -> 
 
 
 async def available(client: httpx.AsyncClient, product_id: str) -> int:
-    return (await client.get(f"/products/{product_id}")).json()["available"]
+    answer = await client.get(f"/products/{product_id}")
+    return int(answer.json()["available"])
 
 
 async def test_an_order_holds_its_items_until_it_is_paid(client: httpx.AsyncClient, books: Any) -> None:

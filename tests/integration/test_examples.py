@@ -1,0 +1,114 @@
+"""The examples are run as their readers run them: each in a process of its own, from its own folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+ON_SERVERS = '''
+"""The same tests, each on a PostgreSQL database of its own and a real Redis."""
+
+import os
+import uuid
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+from sqlalchemy.engine import make_url
+
+
+@pytest.fixture
+async def database():
+    url = make_url(os.environ["TEST_POSTGRESQL_URL"])
+    server = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    name = f"shop_{uuid.uuid4().hex[:12]}"
+    connection = await asyncpg.connect(server)
+    await connection.execute(f"CREATE DATABASE {name}")
+    yield url.set(database=name).render_as_string(hide_password=False)
+    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await connection.close()
+
+
+@pytest.fixture
+async def redis():
+    client = Redis.from_url(os.environ["TEST_REDIS_URL"])
+    yield client
+    async for key in client.scan_iter(match="{" + os.environ["SHOP_NAMESPACE"] + ":*"):
+        await client.delete(key)
+    await client.aclose()
+'''
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> str:
+    """What it prints; the test fails with it if the process does."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{folder.name}: {' '.join(arguments)} ended with {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+def test_the_shop_works_before(tmp_path: Path) -> None:
+    assert "16 passed" in run(EXAMPLES / "shop_before", "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/shop")
+
+
+def test_the_shop_works_after(tmp_path: Path) -> None:
+    assert "23 passed" in run(EXAMPLES / "shop_after", "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/shop")
+
+
+def test_the_tests_of_the_shop_are_the_same_before_and_after() -> None:
+    for name in ("tests/test_shop.py", "shop/models.py", "shop/errors.py", "shop/database.py"):
+        assert (EXAMPLES / "shop_before" / name).read_bytes() == (EXAMPLES / "shop_after" / name).read_bytes()
+
+
+@pytest.mark.redis
+@pytest.mark.postgresql
+def test_the_shop_works_after_on_real_servers(tmp_path: Path, redis_url: str, postgresql_url: str, namespace: str) -> None:
+    shop = tmp_path / "shop_after"
+    shutil.copytree(EXAMPLES / "shop_after", shop, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    servers = shop / "tests" / "servers"
+    servers.mkdir()
+    for name in ("__init__.py", "test_shop.py", "test_inventory.py"):
+        (shop / "tests" / name).rename(servers / name)
+    (shop / "tests" / "__init__.py").touch()
+    (servers / "conftest.py").write_text(dedent(ON_SERVERS))
+    servers_named = {"TEST_REDIS_URL": redis_url, "TEST_POSTGRESQL_URL": postgresql_url, "SHOP_NAMESPACE": namespace}
+    assert "23 passed" in run(shop, "-m", "pytest", "-p", "no:cacheprovider", **servers_named)
+
+
+def test_plain_asyncio_sells_what_is_there_and_no_more() -> None:
+    said = run(EXAMPLES, "-W", "error", "plain_asyncio.py").splitlines()
+    assert said == [
+        "o1: 4 × concert, 6 left",
+        "o1: 4 × concert, 6 left (again)",
+        "o1: paid",
+        "rush: 6 of 100 got one",
+        said[-1],
+    ]
+    assert said[-1].startswith("books: in order StockLevel(available=0, reserved=6,")
+
+
+def test_woven_code_takes_stock_without_being_edited() -> None:
+    assert run(EXAMPLES, "-W", "error", "woven.py").splitlines() == [
+        "order 1 accepted",
+        "card declined, 1 book left",
+        "order 3 refused: merchant 'default', sku 'book': 2 asked, 1 available",
+        "orders: [1]",
+    ]
