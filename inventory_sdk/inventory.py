@@ -78,6 +78,8 @@ class Inventory(StockDecorators):
         self._durability: str | None = durability
         self._metrics = _sink(metrics)
         self.lanes: dict[str, Lane] = dict(lanes) if lanes is not None else {"core": Lane(), "batch": Lane(max_concurrency=4)}
+        if "core" in self.lanes:
+            self.hold_ttl = self.lanes["core"].timeout + 60.0
         self._ledger_part = self._servers.make_ledger(table_prefix)
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()

@@ -1,13 +1,19 @@
-"""A shop for the stock tests: Engine and Stock on fakeredis or a real Redis, and a ledger in plain Python that applies the journal."""
+"""A shop for the stock tests: Engine and Stock on fakeredis or a real Redis, a ledger in plain Python that applies the journal, a
+proxy that loses replies and holds requests, and a Redis server of one's own."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 import fakeredis
 import pytest
@@ -35,6 +41,7 @@ from inventory_sdk.stock.engine import Engine, StockSettings
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.partition import KEY_NAMES
 from inventory_sdk.stock.stock import Stock
+from inventory_sdk.stock.wire import script
 from tests.conftest import service_url
 
 MERCHANT: Final = "m1"
@@ -113,9 +120,7 @@ class FakeLedger:
             credit.lines[i + 1] for credit in self.pending.values() for i in range(0, len(credit.lines), 2) if credit.lines[i] == name
         )
 
-    async def enter(
-        self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()
-    ) -> list[Entered]:
+    async def enter(self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()) -> list[Entered]:
         self.entries += 1
         if self.open_epochs.get(partition, epoch) != epoch:
             raise EpochClosed(f"epoch {epoch} is closed")
@@ -363,3 +368,156 @@ async def shop_on(server: str, namespace: str, stocked: Mapping[str, int] | None
                 await shop.wipe()
     finally:
         await client.aclose()
+
+
+# Servers that misbehave --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fault:
+    """What befalls a call of one script. ``lost``: executed, its reply never arrives. ``held``: it waits for ``go`` before Redis
+    sees it. ``swallowed``: Redis never sees it. ``times``: how many calls; None: all."""
+
+    script: str
+    what: Literal["lost", "held", "swallowed"]
+    times: int | None = 1
+    happened: asyncio.Event = field(default_factory=asyncio.Event)
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    """Redis has answered."""
+    replies: list[bytes] = field(default_factory=list)
+    count: int = 0
+
+
+class Proxy:
+    """Stands before Redis on loopback and reads requests; one command at a time per connection, as our scripts are sent."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._target = (parts.hostname or "127.0.0.1", parts.port or 6379)
+        self._path = parts.path
+        self._faults: list[Fault] = []
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.url = ""
+        self.calls: list[str] = []
+
+    async def __aenter__(self) -> Proxy:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = f"redis://127.0.0.1:{port}{self._path}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.refuse()
+        for fault in self._faults:
+            fault.go.set()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def refuse(self) -> None:
+        """Nobody gets in any more; connections that are open go on."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def cut(self) -> None:
+        """End all connections."""
+        for task in self._tasks:
+            task.cancel()
+
+    def fault(self, script: str, what: Literal["lost", "held", "swallowed"], times: int | None = 1) -> Fault:
+        """The next call of this script (the next ``times``) meets this."""
+        fault = Fault(script, what, times)
+        self._faults.append(fault)
+        return fault
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        with suppress(asyncio.CancelledError, OSError, asyncio.IncompleteReadError):
+            await self._serve(reader, writer)
+        writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_redis, to_redis = await asyncio.open_connection(*self._target)
+        try:
+            while True:
+                raw, arguments = await _command(reader)
+                fault = self._match(arguments)
+                if fault is not None:
+                    fault.happened.set()
+                    if fault.what == "swallowed":
+                        return
+                    if fault.what == "held":
+                        await fault.go.wait()
+                to_redis.write(raw)
+                reply = await _reply(from_redis)
+                if fault is not None:
+                    fault.replies.append(reply)
+                    fault.done.set()
+                    if fault.what == "lost":
+                        return
+                writer.write(reply)
+        finally:
+            to_redis.close()
+
+    def _match(self, arguments: list[bytes]) -> Fault | None:
+        digests = {script(name).digest.encode(): name for name in ("batch", "hello", "read", "load", "freeze", "rebuild", "tidy")}
+        name = digests.get(arguments[1], "") if arguments[0].upper() == b"EVALSHA" else arguments[0].decode().upper()
+        self.calls.append(name)
+        for fault in self._faults:
+            if fault.script == name and (fault.times is None or fault.count < fault.times):
+                fault.count += 1
+                return fault
+        return None
+
+
+async def _command(reader: asyncio.StreamReader) -> tuple[bytes, list[bytes]]:
+    raw = await reader.readuntil(b"\r\n")
+    arguments = []
+    for _ in range(int(raw[1:])):
+        head = await reader.readuntil(b"\r\n")
+        body = await reader.readexactly(int(head[1:]) + 2)
+        raw += head + body
+        arguments.append(body[:-2])
+    return raw, arguments
+
+
+async def _reply(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n")
+    kind, size = head[:1], head[1:-2]
+    if kind in b"$=" and size != b"-1":
+        return head + await reader.readexactly(int(size) + 2)
+    if kind in b"*~>%" and size != b"-1":
+        parts = [await _reply(reader) for _ in range(int(size) * (2 if kind == b"%" else 1))]
+        return head + b"".join(parts)
+    return head
+
+
+@contextmanager
+def own_redis(*options: str) -> Iterator[str]:
+    """The URL of a Redis server of one's own, without persistence; skips where the program is not installed."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no redis-server program")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder, *options]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert server.stdout is not None
+            for line in server.stdout:
+                if "Ready to accept connections" in line:
+                    break
+            else:
+                raise RuntimeError("redis-server did not start")
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            server.kill()
+            server.communicate()

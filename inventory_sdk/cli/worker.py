@@ -89,6 +89,7 @@ async def serve(inventory: Inventory) -> bool:
 async def until(inventory: Inventory, stop: asyncio.Event) -> None:
     """Until ``stop``, or until a task of the worker dies, which is raised: whoever supervises the process starts it anew."""
     async with inventory.worker() as working:
+        log.info("worker %s has started; where another one is active it stands by", working.name)
         asked = asyncio.ensure_future(stop.wait())
         try:
             for step, said in ((working.ready, "is running"), (working.wait, "has stopped")):

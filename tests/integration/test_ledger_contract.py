@@ -124,9 +124,7 @@ async def test_a_created_schema_has_nothing_to_complain_about_and_a_dropped_tabl
     assert await empty.check_schema() == []
     async with empty.engine.begin() as connection:
         await connection.run_sync(empty.tables.task.drop)
-    assert await empty.check_schema() == [
-        f"table {empty.tables.task.name} is missing: run create_schema(), or `inventory-sdk schema`"
-    ]
+    assert await empty.check_schema() == [f"table {empty.tables.task.name} is missing: run create_schema(), or `inventory-sdk schema`"]
     await empty.create_schema()
     assert await empty.check_schema() == []
 
@@ -329,9 +327,7 @@ async def test_two_workers_with_the_same_entries_move_them_once(ledger: SqlLedge
 async def test_ids_are_compared_as_bytes(ledger: SqlLedger) -> None:
     hostile = ["x", "X", "x ", " x", "x\u00a0", "é", "e\u0301", "🧨", "🧨" * 32, "y" * 128, "'; --", "%s", "\\", '"', "ß", "ss"]
     await ledger.enter(0, 1, [entering("restock", "po-h", *((name, 5) for name in hostile))])
-    await ledger.apply(
-        0, 1, [entry(n, op("reserve", name, (name, 2), order=name)) for n, name in enumerate(hostile, 1)]
-    )
+    await ledger.apply(0, 1, [entry(n, op("reserve", name, (name, 2), order=name)) for n, name in enumerate(hostile, 1)])
     assert await ledger.pending_voids(0, 1) == []
     for name in hostile:
         assert (await row(ledger, name)).reserved == 2
@@ -460,9 +456,7 @@ async def test_voids_of_an_older_epoch_end_with_the_rebuild(ledger: SqlLedger) -
 
 
 async def test_reserve_and_confirm_in_one_batch(ledger: SqlLedger) -> None:
-    await ledger.apply(
-        0, 1, [entry(1, op("reserve", "r-1", ("a", 3), order="42"), op("confirm", "c-1", ("a", 3), to="r-1"))]
-    )
+    await ledger.apply(0, 1, [entry(1, op("reserve", "r-1", ("a", 3), order="42"), op("confirm", "c-1", ("a", 3), to="r-1"))])
     held = await ledger.reservation(key_of(M, "r-1"))
     assert held is not None
     assert (held.state, held.order, held.position, held.lines) == ("confirmed", "42", (0, 1, 1), (key_of(M, "a"), 3, 0, 3, 0))
@@ -1059,9 +1053,15 @@ def test_one_ledger_serves_several_event_loops(database: str, namespace: str) ->
             await shared.apply(0, 1, [entry(1, op("deduct", "o-1", ("a", 1)))])
             return (await row(shared)).available
         finally:
-            async with shared.engine.begin() as connection:
-                await connection.run_sync(shared.tables.metadata.drop_all)
             await shared.close()
 
-    asyncio.run(first())
-    assert asyncio.run(second()) == 9
+    async def clean() -> None:
+        async with shared.engine.begin() as connection:
+            await connection.run_sync(shared.tables.metadata.drop_all)
+        await shared.close()
+
+    try:
+        asyncio.run(first())
+        assert asyncio.run(second()) == 9
+    finally:
+        asyncio.run(clean())

@@ -35,9 +35,7 @@ def declare(inventory: StockDecorators) -> None:
     async def count(order_id: str) -> None: ...
 
     class Service:
-        @inventory.reserves(
-            run="now", session="session", lines="items", ttl=lambda items: 5, raises={InsufficientStock: OutOfStock}
-        )
+        @inventory.reserves(run="now", session="session", lines="items", ttl=lambda items: 5, raises={InsufficientStock: OutOfStock})
         async def hold(self, session: AsyncSession, items: list[Item], *, receipt: Receipt = injected()) -> str:
             return receipt.operation_id
 

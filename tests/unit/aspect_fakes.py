@@ -104,9 +104,7 @@ class FakeStock:
         lines = [Line(line.sku, line.quantity) for line in held.lines]
         return self._receipt(name, kind, held.merchant, None, lines, 0 if kind == Kind.CONFIRM else 1)
 
-    async def confirm(
-        self, reservation: str, *, merchant: str | None = None, durability: Any = None, reacquire: bool = False
-    ) -> Receipt:
+    async def confirm(self, reservation: str, *, merchant: str | None = None, durability: Any = None, reacquire: bool = False) -> Receipt:
         await self._pass("confirm")
         if reacquire and self.states.get(reservation) == "expired":
             held = self.results[reservation]

@@ -28,9 +28,7 @@ from inventory_sdk.model import key_of
         ("sqlite+aiosqlite:///stock.db", "aiosqlite", "inventory_sdk[sqlite]"),
     ],
 )
-def test_a_missing_driver_names_the_extra_that_brings_it(
-    monkeypatch: pytest.MonkeyPatch, url: str, driver: str, extra: str
-) -> None:
+def test_a_missing_driver_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch, url: str, driver: str, extra: str) -> None:
     monkeypatch.setitem(sys.modules, driver, None)
     with pytest.raises(ImportError) as error:
         SqlLedger(url)
@@ -114,9 +112,7 @@ async def test_an_engine_that_begins_by_itself_works_and_stays_open(hooked: Asyn
         assert (await connection.execute(text("SELECT 1"))).scalar() == 1
 
 
-async def test_a_write_inside_another_writes_block_ends_in_an_error(
-    hooked: AsyncEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_write_inside_another_writes_block_ends_in_an_error(hooked: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "BUSY_SECONDS", 0.01)
     ledger = await opened(SqlLedger(hooked))
     with pytest.raises(InventoryError, match="another write transaction"):

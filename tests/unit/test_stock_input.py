@@ -108,14 +108,14 @@ async def test_every_name_of_every_act_is_checked_before_anything_is_sent(silent
     stock, some, cut = silent.stock, lines(a=1), [Line("a", -1)]
     for act, field in [
         (lambda v: stock.take_back(some, of=v), "of"),
-        (lambda v: stock.confirm(v), "reservation"),
-        (lambda v: stock.release(v), "reservation"),
+        (stock.confirm, "reservation"),
+        (stock.release, "reservation"),
         (lambda v: stock.extend(v, ttl=1), "reservation"),
-        (lambda v: stock.reservation(v), "reservation"),
-        (lambda v: stock.status(v), "operation_id"),
-        (lambda v: stock.level(v), "sku"),
+        (stock.reservation, "reservation"),
+        (stock.status, "operation_id"),
+        (stock.level, "sku"),
         (lambda v: stock.levels(["a", v]), "sku"),
-        (lambda v: stock.reopen(v), "sku"),
+        (stock.reopen, "sku"),
         (lambda v: stock.restock_many(some, operation_id=v), "operation_id"),
     ]:
         assert (await refused(act(name), field)).value is name
@@ -138,7 +138,8 @@ async def test_every_name_of_every_act_is_checked_before_anything_is_sent(silent
 
 
 @pytest.mark.parametrize(
-    "bad", [None, [], (), "a", ["a"], [("a", 1)], [None], [Line("a", 1), "b"], Line("a", 1), {"a": 1}, {Line("a", 1)}, 7, iter([Line("a", 1)])],
+    "bad", [None, [], (), "a", ["a"], [("a", 1)], [None], [Line("a", 1), "b"], Line("a", 1), {"a": 1}, {Line("a", 1)}, 7,
+     iter([Line("a", 1)])],
     ids=repr,
 )  # fmt: skip
 async def test_lines_that_are_none_are_refused_before_anything_is_sent(silent: Shop, bad: Any) -> None:

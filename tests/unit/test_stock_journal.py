@@ -108,7 +108,8 @@ async def raw(shop: Shop, kind: str) -> list[Any]:
 
 
 KINDS = [
-    "deduct", "adjust", "reserve", "confirm", "release", "tombstone", "extend", "pin", "expire", "undo", "keep", "credit", "void", "correct",
+    "deduct", "adjust", "reserve", "confirm", "release", "tombstone", "extend", "pin", "expire", "undo", "keep", "credit", "void",
+    "correct",
 ]  # fmt: skip
 
 

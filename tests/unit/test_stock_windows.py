@@ -184,7 +184,7 @@ async def test_windows_turn_by_age_or_by_count(namespace: str) -> None:
 async def aged(shop: Shop, seconds: list[int]) -> None:
     """Journal entries of these ages."""
     now = (await shop.engine.upkeep.journal_state(0)).now_ms
-    for n, age in enumerate(seconds):
+    for n in range(len(seconds)):
         await shop.stock.deduct(lines(a=1), operation_id=f"o{n}")
     bodies = await shop.engine.upkeep.read_journal(0, 1, 0, None, 100)
     entries = await shop.journal()
