@@ -69,9 +69,7 @@ class InsufficientStock(InventoryError):
         self.requested: int = first.requested
         self.available: int = first.available
         more = f" (and {len(self.shortages) - 1} more lines)" if len(self.shortages) > 1 else ""
-        super().__init__(
-            f"merchant {first.merchant!r}, sku {first.sku!r}: {first.requested} asked, {first.available} available{more}"
-        )
+        super().__init__(f"merchant {first.merchant!r}, sku {first.sku!r}: {first.requested} asked, {first.available} available{more}")
 
 
 class UnknownStock(InventoryError):

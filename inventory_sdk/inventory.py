@@ -120,9 +120,7 @@ class Inventory(StockDecorators):
         loop = asyncio.get_running_loop()
         async with self._changing.setdefault(loop, asyncio.Lock()):
             if loop not in self._here:
-                running = Running(
-                    self._servers, self._ledger_part, self._settings, self._metrics, self._hooks, self._registry
-                )
+                running = Running(self._servers, self._ledger_part, self._settings, self._metrics, self._hooks, self._registry)
                 try:
                     await running.start()
                 except BaseException:
@@ -188,9 +186,8 @@ class Inventory(StockDecorators):
 
         ``options`` as for ``sync.worker.Worker``. In ``memory://`` a worker runs inside already.
         """
-        async with self:
-            async with self._ready().make_worker(**options) as worker:
-                yield worker
+        async with self, self._ready().make_worker(**options) as worker:
+            yield worker
 
     @asynccontextmanager
     async def replaced(

@@ -104,9 +104,7 @@ def compile_lines(
         for index, item in enumerate(_items(collection(values))):
             try:
                 shop = None if merchant_of is None else merchant_of(item)
-                found.append(
-                    Line(as_text("sku", sku_of(item)), quantity_of(item), None if shop is None else as_text("merchant", shop))
-                )
+                found.append(Line(as_text("sku", sku_of(item)), quantity_of(item), None if shop is None else as_text("merchant", shop)))
             except _Nowhere as error:
                 raise InvalidOperation(f"lines[{index}].{error.name}", item, error.why) from error.__cause__
         return found
@@ -122,18 +120,14 @@ class _Nowhere(Exception):
         self.why = why
 
 
-def _single_line(
-    site: Site, sku: Selector | None, quantity: Selector | int | None, line_merchant: Selector | None
-) -> Pick | None:
+def _single_line(site: Site, sku: Selector | None, quantity: Selector | int | None, line_merchant: Selector | None) -> Pick | None:
     if sku is None and quantity is None and line_merchant is None:
         return None
     if sku is None or quantity is None:
         missing = "sku" if sku is None else "quantity"
         raise TypeError(f"{site.label}: one line needs sku= and quantity=; {missing}= is missing (or name lines=)")
     sku_of = compile_text(site, "sku", sku, required=True)
-    quantity_of = (
-        _constant_quantity(site, quantity) if isinstance(quantity, int) else compile_selector(site, "quantity", quantity)
-    )
+    quantity_of = _constant_quantity(site, quantity) if isinstance(quantity, int) else compile_selector(site, "quantity", quantity)
     merchant_of = None if line_merchant is None else compile_text(site, "line_merchant", line_merchant, required=False)
 
     def read(values: Sequence[Any]) -> list[Line]:

@@ -238,9 +238,7 @@ async def move_stock(connection: AsyncConnection, store: Store, stock: dict[str,
         return
     names = (*COUNTERS, "version")
     keys = ("merchant", "sku")
-    added = [
-        (row.merchant, row.sku, *[after - before for after, before in zip(row.after(), row.before, strict=True)]) for row in moved
-    ]
+    added = [(row.merchant, row.sku, *[after - before for after, before in zip(row.after(), row.before, strict=True)]) for row in moved]
     table = store.tables.stock
     found = await store.bulk.add(connection, table, keys, names, added, keys + names)
     standing = {(merchant, sku): tuple(counters) for merchant, sku, *counters in found}

@@ -354,9 +354,7 @@ class Verdicts:
     # Takes.
 
     def _claim(self, operation: JournalOperation, row: list[Any]) -> None:
-        self.known.claims[operation.key] = Take(
-            operation.kind, self._epoch, self._seq, self._index, operation.lines, operation.order, row
-        )
+        self.known.claims[operation.key] = Take(operation.kind, self._epoch, self._seq, self._index, operation.lines, operation.order, row)
 
     def _take(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         if operation.key in self.known.claims:
@@ -443,7 +441,7 @@ class Verdicts:
 
     def _undo(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         reference, known = operation.reference, self.known
-        kind = extra.get("of")
+        kind = str(extra.get("of"))
         if kind not in UNDOABLE:
             raise InventoryError(f"journal entry {self._where()}: undo of {kind!r}; extra {operation.extra!r}")
         epoch, seq = parse_position(operation, extra, 2)
@@ -533,9 +531,7 @@ class Verdicts:
         if at in self.known.voids_made:
             self._row(operation, extra, DUPLICATE)
             position = Position(self.partition, self._epoch, self._seq)
-            self.refusals.append(
-                Refusal(position, self._index, operation.kind, operation.key, "duplicate", tuple(operation.lines))
-            )
+            self.refusals.append(Refusal(position, self._index, operation.kind, operation.key, "duplicate", tuple(operation.lines)))
             back = [value if place % 3 == 0 else -value for place, value in enumerate(deltas)]
             self._pend(operation, back, freeze=False)
             return

@@ -58,9 +58,7 @@ class Bulk(ABC):
     ) -> None:
         """Rows are key values followed by column values; ``add`` adds them to what is there. Every row must exist."""
 
-    async def add(
-        self, connection: AsyncConnection, table: Table, keys: Row, columns: Row, rows: Sequence[Row], names: Row
-    ) -> list[Row]:
+    async def add(self, connection: AsyncConnection, table: Table, keys: Row, columns: Row, rows: Sequence[Row], names: Row) -> list[Row]:
         """``update`` with ``add``, and what stands there afterwards: ``names`` of these rows, in any order."""
         await self.update(connection, table, keys, columns, rows, add=True)
         return await self.select(connection, table, names, keys, [row[: len(keys)] for row in rows])
@@ -167,10 +165,7 @@ class PostgresqlBulk(Bulk):
             done = await connection.exec_driver_sql(sql, tuple(zip(*values, strict=True)))
             _counted(table, len(values), done.rowcount)
 
-
-    async def add(
-        self, connection: AsyncConnection, table: Table, keys: Row, columns: Row, rows: Sequence[Row], names: Row
-    ) -> list[Row]:
+    async def add(self, connection: AsyncConnection, table: Table, keys: Row, columns: Row, rows: Sequence[Row], names: Row) -> list[Row]:
         sql = self._sql("update", table, keys, columns, names, 0)
         done = await connection.exec_driver_sql(sql, tuple(zip(*rows, strict=True)))
         found = [tuple(row) for row in done]
@@ -261,8 +256,7 @@ class MysqlBulk(_ChunkedBulk):
     def _stored(self, table: Table, columns: Row, rows: Iterable[Sequence[Any]]) -> list[Row]:
         keys = self._keys(table, columns)
         return [
-            tuple([value.encode() if key and value is not None else value for key, value in zip(keys, row, strict=True)])
-            for row in rows
+            tuple([value.encode() if key and value is not None else value for key, value in zip(keys, row, strict=True)]) for row in rows
         ]
 
     def _read(self, table: Table, columns: Row, rows: Iterable[Sequence[Any]]) -> list[Row]:

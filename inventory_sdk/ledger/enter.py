@@ -212,7 +212,7 @@ class _Entering:
         self.operations.append(row)
         self.entries.append((self.partition, 0, self.seq, "", self.at_ms, 1))
         if extra.get("task"):
-            place = (*position, 0)
+            place = (position.partition, position.epoch, position.sequence, 0)
             self.tasks.append(task_row(extra["task"], merchant, operation_id, operation.kind, operation.order, row, place))
         credit = None
         if operation.kind != Kind.OPEN:
@@ -289,9 +289,7 @@ async def _write(connection: AsyncConnection, store: Store, work: _Entering, app
         return
     bulk, tables = store.bulk, store.tables
     table = tables.partition
-    await connection.execute(
-        update(table).where(table.c.partition == work.partition, table.c.epoch == 0).values(applied=work.seq)
-    )
+    await connection.execute(update(table).where(table.c.partition == work.partition, table.c.epoch == 0).values(applied=work.seq))
     await bulk.insert(connection, tables.entry, ENTRY, work.entries)
     await bulk.insert(connection, tables.operation, OPERATION, work.operations)
     await bulk.insert(connection, tables.change, CHANGE, work.changes)

@@ -230,7 +230,8 @@ class Ledger(Protocol):
 
     async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
         """Close epoch ``above`` (0: none yet) for SQL-first entering and open a new one, ``above + 1``, in state ``rebuilding``;
-        None when another process won (a higher epoch exists). ``above`` may be ahead of a ledger that went back. The old epoch's row stays open for ``apply`` until ``rebuilding`` ends it."""
+        None when another process won (a higher epoch exists). ``above`` may be ahead of a ledger that went back. The old
+        epoch's row stays open for ``apply`` until ``rebuilding`` ends it."""
         ...
 
     def rebuilding(self, partition: int, epoch: int) -> AbstractAsyncContextManager[Rebuilding]:
@@ -256,9 +257,7 @@ class Ledger(Protocol):
         with ``entries`` they are consecutive. The watermark passes them, nothing moves for them."""
         ...
 
-    async def enter(
-        self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()
-    ) -> list[Entered]:
+    async def enter(self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()) -> list[Entered]:
         """SQL-first operations with their pending credits, all or none; ``writes`` get what moved, opening balances excepted
         (they come from the service's own tables). ``EpochClosed`` unless ``epoch`` is the open one; a known id with
         another fingerprint is ``OperationConflict``; returning more than was sold is ``InvalidOperation``."""

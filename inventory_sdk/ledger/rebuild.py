@@ -45,9 +45,7 @@ async def living(connection: AsyncConnection, store: Store, partition: int) -> l
     return [PartitionRow(*row) for row in await connection.execute(query)]
 
 
-async def take_stale(
-    connection: AsyncConnection, store: Store, partition: int, before_ms: int, limit: int
-) -> list[ReservationRow]:
+async def take_stale(connection: AsyncConnection, store: Store, partition: int, before_ms: int, limit: int) -> list[ReservationRow]:
     """See ``Ledger.take_stale``; the caller commits."""
     epochs, table = store.tables.partition, store.tables.reservation
     # ``apply`` updates reservations in an order of its own: behind the same lock there is no deadlock.
@@ -78,9 +76,7 @@ async def raise_epoch(connection: AsyncConnection, store: Store, partition: int,
     if current is not None:
         if current.epoch > above:
             return None
-        await connection.execute(
-            update(table).where(table.c.partition == partition, table.c.epoch == current.epoch).values(state=DRAINING)
-        )
+        await connection.execute(update(table).where(table.c.partition == partition, table.c.epoch == current.epoch).values(state=DRAINING))
     await connection.execute(insert(table).values(partition=partition, epoch=above + 1, state=REBUILDING, applied=0))
     return PartitionRow(partition, above + 1, REBUILDING, 0)
 

@@ -236,9 +236,7 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         check("reservation_adds_up", "original = open + confirmed + released"),
     )
 
-    partition = table(
-        "partition", small("partition", primary=True), small("epoch", primary=True), key("state", 16), number("applied")
-    )
+    partition = table("partition", small("partition", primary=True), small("epoch", primary=True), key("state", 16), number("applied"))
 
     # One row per line; (partition, 0, seq) is the SQL-first operation, ``epoch`` the Redis epoch that the credit is bound to.
     credit = table(

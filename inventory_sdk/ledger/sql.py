@@ -14,9 +14,7 @@ try:
     from sqlalchemy import func, select
     from sqlalchemy.exc import IntegrityError
 except ImportError as error:
-    raise ImportError(
-        "the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])"
-    ) from error
+    raise ImportError("the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])") from error
 
 from inventory_sdk.ledger import ddl, rebuild, rows, tasks
 from inventory_sdk.ledger import verify as checks
@@ -135,9 +133,7 @@ class SqlLedger:
             async with self._engines.write() as connection:
                 return await apply(connection, self._store, partition, epoch, entries, writes, lost, careful=True)
 
-    async def enter(
-        self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()
-    ) -> list[Entered]:
+    async def enter(self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[WritesStock] = ()) -> list[Entered]:
         """SQL-first operations, all or none. ``EpochClosed``, ``OperationConflict``, ``InvalidOperation``."""
         async with self._engines.write() as connection:
             return await enter(connection, self._store, partition, epoch, operations, writes)

@@ -31,7 +31,7 @@ async def verify(connection: AsyncConnection, store: Store) -> list[str]:
     return broken
 
 
-def _checks(store: Store) -> Iterator[tuple[str, Select[Any]]]:
+def _checks(store: Store) -> Iterator[tuple[str, Select[*tuple[Any, ...]]]]:
     yield _adds_up(store)
     yield _balanced(store)
     yield _linked(store)
@@ -45,7 +45,7 @@ def _checks(store: Store) -> Iterator[tuple[str, Select[Any]]]:
     yield _watermarks(store)
 
 
-def _adds_up(store: Store) -> tuple[str, Select[Any]]:
+def _adds_up(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     stock = store.tables.stock.c
     total = stock.available + stock.reserved + stock.sold + stock.written_off
     negative = or_(*(stock[name] < 0 for name in COUNTERS))
@@ -53,14 +53,14 @@ def _adds_up(store: Store) -> tuple[str, Select[Any]]:
     return "merchant {0}, sku {1}: supplied {2}, but available + reserved + sold + written off = {3}, or one is negative", query
 
 
-def _balanced(store: Store) -> tuple[str, Select[Any]]:
+def _balanced(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     change = store.tables.change.c
     wrong = or_(*(change[f"{name}_before"] + change[f"{name}_delta"] != change[f"{name}_after"] for name in COUNTERS))
     query = select(change.merchant, change.sku, change.version).where(wrong)
     return "merchant {0}, sku {1}: change {2} is not before + delta = after", query
 
 
-def _linked(store: Store) -> tuple[str, Select[Any]]:
+def _linked(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     change = store.tables.change
     earlier = change.alias("earlier")
     same = and_(earlier.c.merchant == change.c.merchant, earlier.c.sku == change.c.sku)
@@ -70,14 +70,14 @@ def _linked(store: Store) -> tuple[str, Select[Any]]:
     return "merchant {0}, sku {1}: change {2} does not begin where the one before it ended", query
 
 
-def _begun(store: Store) -> tuple[str, Select[Any]]:
+def _begun(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     change = store.tables.change.c
     wrong = or_(change.version < 1, *(change[f"{name}_before"] != 0 for name in COUNTERS))
     query = select(change.merchant, change.sku, change.version).where(change.version <= 1, wrong)
     return "merchant {0}, sku {1}: change {2} does not begin at zero", query
 
 
-def _ended(store: Store) -> tuple[str, Select[Any]]:
+def _ended(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     stock, change = store.tables.stock, store.tables.change
     joined = stock.outerjoin(
         change, and_(change.c.merchant == stock.c.merchant, change.c.sku == stock.c.sku, change.c.version == stock.c.version)
@@ -97,7 +97,7 @@ def _ended(store: Store) -> tuple[str, Select[Any]]:
     return "merchant {0}, sku {1}: the stock row (version {2}) is not what its last change left", query
 
 
-def _line_deltas(store: Store) -> tuple[str, Select[Any]]:
+def _line_deltas(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     """A line moved by exactly its quantity, in the way of its kind. Undo and open have other ways."""
     change, operation = store.tables.change, store.tables.operation
     kinds = [kind for kind in LEDGER_DELTAS if kind not in (Kind.OPEN, Kind.ADJUST)]
@@ -113,16 +113,14 @@ def _line_deltas(store: Store) -> tuple[str, Select[Any]]:
     return "operation {0}/{1}-{2}-{3}: the line of merchant {4}, sku {5} did not move by its quantity", query
 
 
-def _lines_counted(store: Store) -> tuple[str, Select[Any]]:
+def _lines_counted(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     change, operation = store.tables.change, store.tables.operation
     counted = (
         select(change.c.partition, change.c.epoch, change.c.seq, change.c.index, func.count().label("lines"))
         .group_by(change.c.partition, change.c.epoch, change.c.seq, change.c.index)
         .subquery()
     )
-    moving = and_(
-        operation.c.status.in_([APPLIED, UNDONE]), operation.c.kind.in_([*(kind for kind in LEDGER_DELTAS), Kind.UNDO.value])
-    )
+    moving = and_(operation.c.status.in_([APPLIED, UNDONE]), operation.c.kind.in_([*(kind for kind in LEDGER_DELTAS), Kind.UNDO.value]))
     expected = case((moving, operation.c.lines), else_=0)
     found = func.coalesce(counted.c.lines, 0)
     query = (
@@ -137,7 +135,7 @@ def _same_operation(left: Any, right: Any) -> Any:
     return and_(*(left.c[name] == right.c[name] for name in ("partition", "epoch", "seq", "index")))
 
 
-def _reservation_lines(store: Store) -> tuple[str, Select[Any]]:
+def _reservation_lines(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     line, header = store.tables.reservation_line, store.tables.reservation
     query = (
         select(line.c.key, line.c.sku)
@@ -147,14 +145,14 @@ def _reservation_lines(store: Store) -> tuple[str, Select[Any]]:
     return "reservation {0}: the line of sku {1} has no reservation, or is not open + confirmed + released", query
 
 
-def _reservation_states(store: Store) -> tuple[str, Select[Any]]:
+def _reservation_states(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     line, header = store.tables.reservation_line, store.tables.reservation
     is_open = select(line.c.key).where(line.c.key == header.c.key, line.c.open > 0).exists()
     wrong = or_(and_(header.c.state == HELD, ~is_open), and_(header.c.state != HELD, is_open))
     return "reservation {0} is {1}, but its open lines say otherwise", select(header.c.key, header.c.state).where(wrong)
 
 
-def _reserved(store: Store) -> tuple[str, Select[Any]]:
+def _reserved(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     stock, line = store.tables.stock, store.tables.reservation_line
     held = (
         select(line.c.merchant, line.c.sku, func.sum(line.c.open).label("units"))
@@ -168,16 +166,14 @@ def _reserved(store: Store) -> tuple[str, Select[Any]]:
     return "merchant {0}, sku {1}: {2} reserved, but its reservations hold {3}", query
 
 
-def _watermarks(store: Store) -> tuple[str, Select[Any]]:
+def _watermarks(store: Store) -> tuple[str, Select[*tuple[Any, ...]]]:
     partition, entry = store.tables.partition, store.tables.entry
     counted = (
         select(entry.c.partition, entry.c.epoch, func.max(entry.c.seq).label("last"), func.count().label("entries"))
         .group_by(entry.c.partition, entry.c.epoch)
         .subquery()
     )
-    joined = partition.outerjoin(
-        counted, and_(counted.c.partition == partition.c.partition, counted.c.epoch == partition.c.epoch)
-    )
+    joined = partition.outerjoin(counted, and_(counted.c.partition == partition.c.partition, counted.c.epoch == partition.c.epoch))
     last, entries = func.coalesce(counted.c.last, 0), func.coalesce(counted.c.entries, 0)
     query = (
         select(partition.c.partition, partition.c.epoch, partition.c.applied, last, entries)

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
 
@@ -85,6 +86,16 @@ class _Waiting:
         self.future = future
         self.orphaned = orphaned
         self.lines = len(operation[3]) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """One try: what to look for in the journal if its reply is lost. ``after``: the last sequence known then; ``at``: monotonic."""
+
+    nonce: str
+    epoch: str
+    after: int
+    at: float
 
 
 class Batcher:
@@ -177,71 +188,76 @@ class Batcher:
         return batch
 
     async def _send(self, batch: list[_Waiting]) -> None:
-        """Until the batch is answered, or every caller has an error."""
+        """Until every caller of the batch has an answer or an error."""
         partition = self.partition
         give_up = time.monotonic() + GIVE_UP
-        pause = 0.01
         started = time.perf_counter()
-        answers: list[list[Any]] | None = None
+        pause = 0.01
         while True:
-            doubtful = False
             try:
                 await partition.known()
-                nonce = new_nonce()
-                not_after = partition.not_after()
-                sent_epoch, sent_sequence = partition.epoch, partition.sequence
-                sent_at = time.monotonic()
-                operations = json.dumps([item.operation for item in batch], separators=(",", ":"))
-                want_body = "1" if self._publish is not None else "0"
-                reply = await partition.wire.run(
-                    "batch",
-                    partition.keys,
-                    [partition.epoch, partition.run_id, str(not_after), nonce, self._journal_cap, want_body, operations],
-                )
+                sent = _Sent(new_nonce(), partition.epoch, partition.sequence, time.monotonic())
+                try:
+                    status = await self._call(batch, sent, started)
+                except ReplyLost as lost:
+                    self._metrics.record(Retried("redis", "reply_lost"))
+                    batch = await self._recover(batch, sent, lost, give_up, started)
+                    status = b"lost"
+                    if not batch:
+                        return
             except StockFrozen as error:
                 self._on_refused(partition.number, "frozen")
-                return self._fail(batch, error)
+                self._fail(batch, error)
+                return
             except NotExecuted as error:
                 self._metrics.record(Retried("redis", "not_executed"))
+                partition.forget()
                 if time.monotonic() > give_up:
-                    return self._fail(batch, Overloaded(str(error), retry_after=1.0))
-                partition.forget()
-            except ReplyLost as error:
-                self._metrics.record(Retried("redis", "reply_lost"))
-                doubtful = True
-                reason = str(error)
+                    self._fail(batch, Overloaded(str(error), retry_after=1.0))
+                    return
             except OutOfMemoryError as error:
-                return self._fail(batch, JournalFull(f"Redis is out of memory: {error}", retry_after=1.0))
+                self._fail(batch, JournalFull(f"Redis is out of memory: {error}", retry_after=1.0))
+                return
             except ResponseError as error:
-                return self._fail(batch, InventoryError(f"Redis refused the batch script, nothing moved: {error}"), error)
+                self._fail(batch, InventoryError(f"Redis refused the batch script, nothing moved: {error}"), error)
+                return
             else:
-                status, now, epoch, sequence, results, body = reply
-                partition.heard(int(now), int(sequence) if status == b"ok" else None)
                 if status == b"ok":
-                    answers = json.loads(results)
-                    self._deliver(batch, answers, int(epoch), int(sequence), body, time.perf_counter() - started)
-                    return None
-                partition.forget()
+                    return
                 if status in (b"missing", b"run_id"):
                     self._on_refused(partition.number, status.decode())
-                    return self._fail(batch, partition.frozen("empty" if status == b"missing" else "on another server process"))
+                    self._fail(batch, partition.frozen("empty" if status == b"missing" else "on another server process"))
+                    return
                 self._metrics.record(Retried("redis", status.decode()))
                 if time.monotonic() > give_up:
-                    return self._fail(batch, Overloaded(f"partition {partition.number} keeps changing", retry_after=1.0))
-            if doubtful:
-                # Only after not_after can nothing of it happen any more.
-                await asyncio.sleep(max(0.0, sent_at + partition.wire.timeout - time.monotonic()) + 0.005)
-                batch = await self._recover(batch, nonce, sent_epoch, sent_sequence, reason, give_up, started)
-                if not batch:
-                    return None
+                    self._fail(batch, Overloaded(f"partition {partition.number} keeps changing", retry_after=1.0))
+                    return
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.25)
 
-    async def _recover(
-        self, batch: list[_Waiting], nonce: str, epoch: str, after: int, reason: str, give_up: float, started: float
-    ) -> list[_Waiting]:
+    async def _call(self, batch: list[_Waiting], sent: _Sent, started: float) -> bytes:
+        """One script call; its status. ``ok``: the callers have their answers; anything else: nothing was executed."""
+        partition = self.partition
+        operations = json.dumps([item.operation for item in batch], separators=(",", ":"))
+        want_body = "1" if self._publish is not None else "0"
+        arguments = (sent.epoch, partition.run_id, str(partition.not_after()), sent.nonce, self._journal_cap, want_body, operations)
+        reply = await partition.wire.run("batch", partition.keys, arguments)
+        status: bytes = reply[0]
+        epoch, sequence = int(reply[2]), int(reply[3])
+        if status != b"ok":
+            partition.heard(int(reply[1]))
+            partition.forget()
+            return status
+        partition.heard(int(reply[1]), sequence)
+        self._deliver(batch, json.loads(reply[4]), epoch, sequence, reply[5], time.perf_counter() - started)
+        return status
+
+    async def _recover(self, batch: list[_Waiting], sent: _Sent, lost: ReplyLost, give_up: float, started: float) -> list[_Waiting]:
         """After a lost reply: what the journal says was done is delivered from there; the rest is returned, to be sent again."""
         partition = self.partition
+        nonce, epoch, after, reason = sent.nonce, sent.epoch, sent.after, str(lost)
+        # Only after not_after can nothing of it happen any more.
+        await asyncio.sleep(max(0.0, sent.at + partition.wire.timeout - time.monotonic()) + 0.005)
         while True:
             try:
                 hello = await partition.hello()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from redis.asyncio import Redis
@@ -17,7 +18,7 @@ from inventory_sdk.metrics.events import Happened, Metrics
 from inventory_sdk.model import JournalOperation, partition_of, split_key
 from inventory_sdk.stock.batch import NOT_LOADED, PIN, Answer, Batcher, Publish, read_entries
 from inventory_sdk.stock.journal import decode
-from inventory_sdk.stock.loading import Loader, Opener
+from inventory_sdk.stock.loading import Loader
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.upkeep import Upkeep
 from inventory_sdk.stock.wire import Wire
@@ -64,13 +65,7 @@ class Engine:
         self._batchers: dict[tuple[int, str], Batcher] = {}
         self._on_refused = on_refused
         self._background: set[asyncio.Task[Any]] = set()
-        bound: Opener | None = None
-        if opener is not None:
-
-            async def bound(partition: Partition, fields: Sequence[str]) -> None:
-                await opener(self, partition, fields)
-
-        self.loader = Loader(ledger, bound)
+        self.loader = Loader(ledger, partial(opener, self) if opener is not None else None)
         self.upkeep = Upkeep(
             self.partitions.__getitem__,
             self._submit_upkeep,

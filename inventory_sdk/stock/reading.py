@@ -66,6 +66,7 @@ async def levels(engine: Engine, partition: Partition, merchant: str, skus: Sequ
     if not skus:
         return {}
     fields = [key_of(merchant, sku) for sku in skus]
+    absent = fields
     for _ in range(5):
         found = await read(engine, partition, fields)
         absent = [field for field, value in zip(fields, found.available, strict=True) if value is None]

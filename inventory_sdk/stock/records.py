@@ -87,7 +87,7 @@ def write_reservation(row: ReservationRow) -> str:
     state = "p" if row.pinned and row.state == "held" else _LETTERS[row.state]
     parts = [state, f"{row.position.epoch}-{row.position.sequence}", row.fingerprint, str(row.expires_at), row.order]
     for i in range(0, len(row.lines), 5):
-        field, original, open_, confirmed, released = row.lines[i : i + 5]
+        field, original, open_, confirmed, _ = row.lines[i : i + 5]
         parts.append(field)
         gone = original - open_ - confirmed
         expired = gone if row.state == "expired" else 0

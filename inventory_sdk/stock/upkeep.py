@@ -198,8 +198,8 @@ class Upkeep:
             raise EpochClosed(f"partition {partition} is past epoch {epoch}")
 
     async def rebuild(self, partition: int, epoch: int, rebuilding: Rebuilding, extend_ms: int = 0) -> None:
-        """Write balances, live reservations (their time extended by ``extend_ms``) and recent results, then commit the ledger's side, then open:
-        a Redis that accepts must find an open epoch in the ledger.
+        """Write balances, live reservations (their time extended by ``extend_ms``) and recent results, then commit the ledger's
+        side, then open: a Redis that accepts must find an open epoch in the ledger.
 
         Each chunk is fenced by epoch, state and its number; ``EpochClosed`` when somebody else rebuilds.
         """

@@ -289,7 +289,7 @@ class PublicApi(RuleBasedStateMachine):
         shop = self.shops[merchant]
         name = data.draw(st.sampled_from(sorted(shop.done)))
         kind, total, first = shop.done[name]
-        lines = [Line(sku, quantity) for sku, quantity in reversed(sorted(total.items()))]
+        lines = [Line(sku, quantity) for sku, quantity in sorted(total.items(), reverse=True)]
         if other:
             lines[0] = Line(lines[0].sku, lines[0].quantity + 1)
         call = getattr(self.stock, kind)
