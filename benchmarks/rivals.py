@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.lock import Lock
 from sqlalchemy import BigInteger, Column, MetaData, String, Table, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -170,8 +170,8 @@ async def row_lock(database: str, name: str) -> AsyncIterator[RowLock]:
 
 @asynccontextmanager
 async def in_redis(url: str, name: str, kind: type[RedisLock] | type[LuaCall]) -> AsyncIterator[RedisLock | LuaCall]:
-    """On keys of its own, with as many connections as the database gets."""
-    pool = BlockingConnectionPool.from_url(url, max_connections=POOL, timeout=60)
+    """On keys of its own. A connection for every caller: waiting for one in redis-py's blocking pool is not fair, and takes seconds."""
+    pool = ConnectionPool.from_url(url, max_connections=10_000)
     client = Redis(connection_pool=pool)
     try:
         rival = kind(client, name)

@@ -33,6 +33,24 @@ BUSY_SECONDS: Final = 30.0
 _EXTRAS: Final = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 
 
+def _roll_back_before_closing(connection: Any, _record: Any) -> None:
+    """A cancelled caller's connection is closed with its transaction open and its cursors alive. SQLite then keeps the database
+    locked until the last cursor is collected, so the transaction is ended in the driver's thread before the close gets there."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return  # collected after its event loop: nobody runs the driver's calls any more
+    rollback = connection.driver_connection.rollback()
+    try:
+        # The first step queues the call; the pool's event can't wait for its end, and the close queues behind it.
+        queued = rollback.send(None)
+    except (StopIteration, ValueError):
+        return  # closed already
+    finally:
+        rollback.close()
+    queued.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
 @dataclass(frozen=True, slots=True)
 class Bound:
     """What belongs to one event loop."""
@@ -66,6 +84,8 @@ class Engines:
                 )
             self._given = database
             self.dialect = database.dialect
+            if database.dialect.name == "sqlite":
+                event.listen(database.sync_engine, "close", _roll_back_before_closing)
         self.sqlite = self.dialect.name == "sqlite"
         self.bulk: Bulk = bulk_for(self.dialect)
 
@@ -101,6 +121,7 @@ class Engines:
             raise ImportError(f"{url.drivername}: {error}; install it with: pip install 'inventory_sdk[{extra}]'") from error
         if backend == "sqlite":
             event.listen(engine.sync_engine, "connect", self._prepare_sqlite)
+            event.listen(engine.sync_engine, "close", _roll_back_before_closing)
         return engine
 
     def _prepare_sqlite(self, connection: Any, _record: Any) -> None:

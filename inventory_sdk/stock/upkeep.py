@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -123,16 +124,16 @@ class Upkeep:
     async def expire(self, partition: int, keys: Sequence[str]) -> Expired:
         """Expire those of these holds that are due; overdue pinned ones are left as they are and named."""
         view = self._partition(partition)
-        expired: list[str] = []
-        pinned: list[str] = []
-        for key in keys:
+
+        async def expire(key: str) -> int:
             merchant, name = split_key(key)
             operation = ["expire", key_of(merchant, f"{name}\x1fexpire"), "", [], "", key, 0, "", "", ""]
-            code = (await self._settle(view, operation))[0][0]
-            if code in (DONE, DONE_LINES):
-                expired.append(key)
-            elif code == PIN:
-                pinned.append(key)
+            answer, _ = await self._settle(view, operation)
+            return int(answer[0])
+
+        codes = await asyncio.gather(*[expire(key) for key in keys])
+        expired = [key for key, code in zip(keys, codes, strict=True) if code in (DONE, DONE_LINES)]
+        pinned = [key for key, code in zip(keys, codes, strict=True) if code == PIN]
         return Expired(expired, pinned)
 
     async def settle_pin(self, partition: int, key: str, verdict: str) -> None:

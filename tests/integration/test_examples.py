@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from textwrap import dedent
 
+import asyncpg
 import pytest
+from sqlalchemy.engine import make_url
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 ON_SERVERS = '''
-"""The same tests, each on a PostgreSQL database of its own and a real Redis."""
+"""The same tests on real servers, each in a schema of its own."""
 
 import os
 import uuid
@@ -28,19 +32,18 @@ from sqlalchemy.engine import make_url
 
 @pytest.fixture
 async def database():
-    url = make_url(os.environ["TEST_POSTGRESQL_URL"])
-    server = url.set(drivername="postgresql").render_as_string(hide_password=False)
-    name = f"shop_{uuid.uuid4().hex[:12]}"
-    connection = await asyncpg.connect(server)
-    await connection.execute(f"CREATE DATABASE {name}")
-    yield url.set(database=name).render_as_string(hide_password=False)
-    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    url = make_url(os.environ["SHOP_DATABASE_URL"])
+    connection = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+    schema = f"s{uuid.uuid4().hex[:12]}"
+    await connection.execute(f"CREATE SCHEMA {schema}")
+    await connection.execute(f"ALTER DATABASE {url.database} SET search_path = {schema}")
     await connection.close()
+    return os.environ["SHOP_DATABASE_URL"]
 
 
 @pytest.fixture
 async def redis():
-    client = Redis.from_url(os.environ["TEST_REDIS_URL"])
+    client = Redis.from_url(os.environ["SHOP_REDIS_URL"])
     yield client
     async for key in client.scan_iter(match="{" + os.environ["SHOP_NAMESPACE"] + ":*"):
         await client.delete(key)
@@ -88,9 +91,27 @@ def test_the_shop_works_after_on_real_servers(tmp_path: Path, redis_url: str, po
     for name in ("__init__.py", "test_shop.py", "test_inventory.py"):
         (shop / "tests" / name).rename(servers / name)
     (shop / "tests" / "__init__.py").touch()
-    (servers / "conftest.py").write_text(dedent(ON_SERVERS))
-    servers_named = {"TEST_REDIS_URL": redis_url, "TEST_POSTGRESQL_URL": postgresql_url, "SHOP_NAMESPACE": namespace}
-    assert "23 passed" in run(shop, "-m", "pytest", "-p", "no:cacheprovider", **servers_named)
+    (servers / "conftest.py").write_text(ON_SERVERS)
+    with shop_database(postgresql_url, namespace) as url:
+        ours = {"SHOP_DATABASE_URL": url, "SHOP_REDIS_URL": redis_url, "SHOP_NAMESPACE": namespace}
+        assert "23 passed" in run(shop, "-m", "pytest", "-p", "no:cacheprovider", **ours)
+
+
+@contextmanager
+def shop_database(server: str, name: str) -> Iterator[str]:
+    """The URL of a new database. One for all tests of the shop: dropping a database makes PostgreSQL write a checkpoint."""
+    url = make_url(server)
+
+    async def execute(statement: str) -> None:
+        connection = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+        await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(execute(f"CREATE DATABASE {name}"))
+    try:
+        yield url.set(database=name).render_as_string(hide_password=False)
+    finally:
+        asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 def test_plain_asyncio_sells_what_is_there_and_no_more() -> None:

@@ -91,7 +91,7 @@ async def test_a_lost_reply_gives_the_caller_its_first_receipt_and_one_effect(
     shop: Shop, remote: Shop, proxy: Proxy, act: str, times: int
 ) -> None:
     before = await prepared(shop)
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     fault = proxy.fault("batch", "lost")
     if times == 2:
         proxy.fault("hello", "lost")
@@ -106,7 +106,7 @@ async def test_a_lost_reply_gives_the_caller_its_first_receipt_and_one_effect(
 
 async def test_a_lost_reply_to_an_undo_is_still_its_yes(shop: Shop, remote: Shop, proxy: Proxy) -> None:
     receipt = await shop.stock.reserve(lines(a=2), operation_id="o1")
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     proxy.fault("batch", "lost")
     assert await remote.stock.undo(receipt)
     assert await shop.counters("a") == (10, 0)
@@ -119,7 +119,7 @@ async def test_a_request_that_never_arrived_is_sent_again_and_a_late_one_refuses
     shop: Shop, remote: Shop, proxy: Proxy, act: str, what: Any
 ) -> None:
     before = await prepared(shop)
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     fault = proxy.fault("batch", what)
     answer = await ACTS[act](remote)
     assert await effect(shop, before) == EFFECTS[act]
@@ -133,7 +133,7 @@ async def test_a_request_that_never_arrived_is_sent_again_and_a_late_one_refuses
 
 async def test_a_held_request_released_in_time_has_one_effect_too(shop: Shop, remote: Shop, proxy: Proxy) -> None:
     before = await prepared(shop)
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     fault = proxy.fault("batch", "held")
     task = asyncio.create_task(ACTS["deduct"](remote))
     await fault.happened.wait()
@@ -173,7 +173,7 @@ async def test_of_a_batch_with_refusals_each_caller_gets_its_own_answer_after_a_
 async def test_a_refused_operation_does_not_get_the_receipt_of_an_accepted_one_of_the_same_id(
     shop: Shop, remote: Shop, proxy: Proxy, first: str
 ) -> None:
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     stock = remote.stock
     refused = stock.deduct(lines(a=100), operation_id="o1") if first == "short" else stock.reserve(lines(a=11), operation_id="o1")
     proxy.fault("batch", "lost")
@@ -195,7 +195,7 @@ async def test_a_take_behind_its_own_undo_in_one_batch_is_found_again_after_a_lo
 
 @pytest.mark.parametrize("change", ["epoch", "run_id", "emptied"])
 async def test_a_reply_lost_while_redis_became_another_ends_in_outcome_unknown(shop: Shop, remote: Shop, proxy: Proxy, change: str) -> None:
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     fault = proxy.fault("batch", "lost")
     task = asyncio.create_task(ACTS["deduct"](remote))
     await fault.done.wait()
@@ -224,7 +224,7 @@ async def test_a_redis_that_went_back_behind_what_was_seen_ends_in_outcome_unkno
 
 
 async def test_a_cancelled_caller_of_a_made_up_id_is_undone_though_the_reply_was_lost(shop: Shop, remote: Shop, proxy: Proxy) -> None:
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     fault = proxy.fault("batch", "lost")
     task = asyncio.create_task(remote.stock.deduct(lines(a=4)))
     await fault.done.wait()
@@ -262,9 +262,9 @@ async def test_a_refused_connection_is_overloaded_and_moves_nothing(
     shop.ledger.stocked(cold=5)
     await prepared(shop)
     if knowing:
-        await remote.stock.level("a")
+        await remote.engine.partitions[0].known()
+    await remote.engine.wire.close()
     await proxy.refuse()
-    proxy.cut()
     before = await shop.snapshot()
     async with asyncio.timeout(10):
         with pytest.raises(errors.Overloaded) as caught:
@@ -274,8 +274,19 @@ async def test_a_refused_connection_is_overloaded_and_moves_nothing(
 
 
 @pytest.mark.usefixtures("impatient")
+async def test_a_connection_that_died_and_can_not_be_replaced_leaves_the_outcome_unknown(shop: Shop, remote: Shop, proxy: Proxy) -> None:
+    await remote.stock.deduct(lines(a=1))
+    await proxy.refuse()
+    proxy.cut()
+    with pytest.raises(errors.OutcomeUnknown) as caught:
+        await ACTS["deduct"](remote)
+    assert caught.value.operation_id == "o1"
+    assert await shop.counters("a") == (9, 0)
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_requests_that_never_get_through_end_when_patience_ends(shop: Shop, remote: Shop, proxy: Proxy) -> None:
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     proxy.fault("batch", "swallowed", times=None)
     with pytest.raises((errors.OutcomeUnknown, errors.Overloaded)):
         async with asyncio.timeout(10):
@@ -287,7 +298,7 @@ async def test_requests_that_never_get_through_end_when_patience_ends(shop: Shop
 @pytest.mark.parametrize("script", ["read", "load"])
 async def test_a_question_without_an_answer_is_an_error_of_the_public_tree(shop: Shop, remote: Shop, proxy: Proxy, script: str) -> None:
     shop.ledger.stocked(cold=5)
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     proxy.fault(script, "swallowed", times=None)
     with pytest.raises((errors.Overloaded, errors.OutcomeUnknown)) as caught:
         async with asyncio.timeout(10):
@@ -298,7 +309,7 @@ async def test_a_question_without_an_answer_is_an_error_of_the_public_tree(shop:
 
 async def test_a_load_whose_reply_was_lost_is_done_again_for_its_callers(shop: Shop, remote: Shop, proxy: Proxy) -> None:
     shop.ledger.stocked(cold=5)
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     proxy.fault("load", "lost")
     receipt = await remote.stock.deduct(lines(cold=1), operation_id="o1")
     assert receipt.lines[0].remaining == 4
@@ -306,7 +317,7 @@ async def test_a_load_whose_reply_was_lost_is_done_again_for_its_callers(shop: S
 
 async def test_a_late_load_writes_nothing(shop: Shop, remote: Shop, proxy: Proxy) -> None:
     shop.ledger.stocked(cold=5)
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     fault = proxy.fault("load", "held")
     with suppress(errors.InventoryError):
         await remote.stock.deduct(lines(cold=1), operation_id="o1")
@@ -336,8 +347,10 @@ async def test_connections_that_the_server_closed_while_idle_are_replaced_withou
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_server_that_accepts_and_says_nothing_does_not_hold_callers_for_ever(namespace: str) -> None:
+    over = asyncio.Event()
+
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
+        await over.wait()
         writer.close()
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
@@ -345,9 +358,12 @@ async def test_a_server_that_accepts_and_says_nothing_does_not_hold_callers_for_
     client = plain_client(f"redis://127.0.0.1:{port}/0", socket_timeout=None, socket_connect_timeout=None)
     try:
         async with on_client(client, namespace, redis_timeout=TIMEOUT) as shop:
-            with pytest.raises(errors.Overloaded):
-                async with asyncio.timeout(10):
-                    await shop.stock.deduct(lines(a=1))
+            try:
+                with pytest.raises(errors.Overloaded):
+                    async with asyncio.timeout(10):
+                        await shop.stock.deduct(lines(a=1))
+            finally:
+                over.set()  # else closing would wait for the same connection
     finally:
         await client.aclose()
         server.close()
@@ -438,8 +454,8 @@ async def test_scripts_touch_declared_keys_only(namespace: str) -> None:
         async with client.monitor() as monitor:
 
             async def watch() -> None:
-                async for line in monitor.listen():
-                    seen.append(line)
+                while True:
+                    seen.append(await monitor.next_command())
 
             watching = asyncio.create_task(watch())
             async with shop_on(url, namespace, {"a": 50, "b": 50}) as shop:
@@ -529,7 +545,7 @@ def test_two_event_loops_one_after_the_other_leave_no_task_and_no_connection(nam
 
 
 async def test_lanes_have_batches_of_their_own_and_do_not_wait_for_each_other(shop: Shop, remote: Shop, proxy: Proxy) -> None:
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     fault = proxy.fault("batch", "held")
 
     async def bulk() -> Receipt:
@@ -545,7 +561,7 @@ async def test_lanes_have_batches_of_their_own_and_do_not_wait_for_each_other(sh
 
 
 async def test_while_one_call_is_in_flight_the_next_batch_gathers(shop: Shop, remote: Shop, proxy: Proxy) -> None:
-    await remote.stock.level("a")
+    await remote.engine.partitions[0].known()
     fault = proxy.fault("batch", "held")
     first = asyncio.create_task(remote.stock.deduct(lines(a=1), operation_id="first"))
     await fault.happened.wait()

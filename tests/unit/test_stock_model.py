@@ -345,6 +345,11 @@ def built(step: list[tuple[Any, ...]], model: Model) -> list[list[Any]]:
     return made
 
 
+def overlaid(old: dict[str, str], current: dict[str, str]) -> dict[str, str]:
+    """What of the older window counts: the current one hides the rest."""
+    return {key: text for key, text in old.items() if key not in current}
+
+
 async def state(shop: Shop) -> dict[str, Any]:
     client: Any = shop.client
 
@@ -358,7 +363,7 @@ async def state(shop: Shop) -> dict[str, Any]:
         "reserved": {name: value for name, value in (await table("reserved")).items() if value != "0"},
         "holds": await table("reservations"),
         "results": await table(f"results:{current}"),
-        "old results": await table(f"results:{1 - int(current)}"),
+        "old results": overlaid(await table(f"results:{1 - int(current)}"), await table(f"results:{current}")),
         "expiry": {key.decode(): int(score) for key, score in await client.zrange(shop.key("expiry"), 0, -1, withscores=True)},
         "sequence": int(meta["seq"]),
     }
@@ -373,7 +378,7 @@ def expected(model: Model) -> dict[str, Any]:
         "reserved": {name: str(value) for name, value in model.reserved.items() if value},
         "holds": {key: hold.text() for key, hold in model.holds.items()},
         "results": window(model.results, model.closed),
-        "old results": window(model.old_results, model.old_closed),
+        "old results": overlaid(window(model.old_results, model.old_closed), window(model.results, model.closed)),
         "expiry": model.expiry,
         "sequence": model.sequence,
     }

@@ -167,7 +167,7 @@ async def test_the_same_id_with_other_content_is_a_conflict_and_moves_nothing(sh
     assert await shop.snapshot() == before
 
 
-@pytest.mark.parametrize(("how", "other"), permutations(["deduct", "reserve", "adjust"], 2))
+@pytest.mark.parametrize(("how", "other"), list(permutations(["deduct", "reserve", "adjust"], 2)))
 async def test_the_same_id_for_another_kind_is_a_conflict(shop: Shop, how: str, other: str) -> None:
     await take(shop, how, lines(a=2), operation_id="o1")
     before = await shop.snapshot()
