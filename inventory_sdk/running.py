@@ -117,10 +117,10 @@ class Running:
     async def close(self) -> None:
         """Everything that was opened, in the order in which it is no longer needed; the first error is raised at the end."""
         failures: list[BaseException] = []
-        steps = [self.engine.close, self._publisher.close]
+        steps = [self.engine.drain, self._publisher.close]
         if self._worker is not None:
             steps.append(self._worker.stop)
-        for step in (*steps, self.queue.close, self.ledger.close, self._close_client):
+        for step in (*steps, self.engine.close, self.queue.close, self.ledger.close, self._close_client):
             try:
                 await step()
             except Exception as error:

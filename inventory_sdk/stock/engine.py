@@ -150,7 +150,12 @@ class Engine:
             self.metrics.record(Happened("background_failed", {"what": task.get_name()}))
 
     async def close(self) -> None:
-        """Waits for batches, loads and undos under way, then closes the connections."""
+        """Drains, then closes the connections: nobody may use them any more, the worker's upkeep neither."""
+        await self.drain()
+        await self.wire.close()
+
+    async def drain(self) -> None:
+        """Waits for batches, loads and undos under way."""
         while self._background:
             await asyncio.wait(set(self._background))
         await self.loader.close()
@@ -158,4 +163,3 @@ class Engine:
             await batcher.close()
         while self._background:
             await asyncio.wait(set(self._background))
-        await self.wire.close()

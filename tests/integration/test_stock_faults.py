@@ -212,6 +212,17 @@ async def test_a_reply_lost_while_redis_became_another_ends_in_outcome_unknown(s
         await ACTS["deduct"](remote)
 
 
+async def test_an_error_while_asking_after_a_lost_reply_leaves_the_outcome_unknown(shop: Shop, remote: Shop, proxy: Proxy) -> None:
+    await remote.engine.partitions[0].known()
+    fault = proxy.fault("batch", "lost")
+    task = asyncio.create_task(ACTS["deduct"](remote))
+    await fault.done.wait()
+    await shop.client.delete(shop.key("journal"))
+    await shop.client.set(shop.key("journal"), "the question about the journal is answered with an error now")
+    with pytest.raises(errors.OutcomeUnknown):  # it did move, so nobody may say that nothing moved
+        await task
+
+
 async def test_a_redis_that_went_back_behind_what_was_seen_ends_in_outcome_unknown(shop: Shop, remote: Shop, proxy: Proxy) -> None:
     for n in range(3):
         await remote.stock.deduct(lines(a=1), operation_id=f"before{n}")
