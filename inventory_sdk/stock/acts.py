@@ -29,7 +29,7 @@ from inventory_sdk.model import (
 )
 from inventory_sdk.stock import entering, reading
 from inventory_sdk.stock.answers import closed, error, receipt, refused
-from inventory_sdk.stock.batch import DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, REPLAY, TOO_LATE, Answer, Answered
+from inventory_sdk.stock.batch import ASK_LEDGER, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, REPLAY, TOO_LATE, Answer, Answered
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_result
@@ -98,12 +98,14 @@ class Acts:
             reference = key_of(home, check_text("of", of))
         return await self._enter(Kind(kind), home, key, flat, order or "", reference, _extra_of(reason, task))
 
-    async def undo(self, receipt: Receipt) -> bool:
-        """Give back a take that is still fully held and not kept, and free its id; False if it was no longer so."""
+    async def undo(self, receipt: Receipt, *, decider: bool = False) -> bool:
+        """Give back a take that is still fully held and not kept, and free its id; False if it was no longer so.
+
+        ``decider``: spoken by whoever pinned the hold."""
         key = key_of(receipt.merchant, receipt.operation_id)
         flat = [value for line in receipt.lines for value in (key_of(line.merchant, line.sku), abs(line.quantity))]
         position = receipt.positions[0]
-        return await self._undo(receipt.kind, key, flat, position)
+        return await self._undo(receipt.kind, key, flat, position, decider)
 
     async def keep(self, receipt: Receipt) -> bool:
         """From now on the take can't be undone; False if it was undone already."""
@@ -152,8 +154,10 @@ class Acts:
     def _home(self, merchant: str) -> Partition:
         return self._engine().home(merchant)
 
-    def _flat(self, lines: Sequence[Line] | None, merchant: str, sign: int) -> list[Any]:
-        """Summed and sorted [field, quantity, …], quantities positive."""
+    def _flat(self, lines: Sequence[Line] | None, merchant: str, sign: int, bulk: bool = False) -> list[Any]:
+        """Summed and sorted [field, quantity, …], quantities positive; ``bulk``: any number of lines."""
+        if type(lines) is not list and type(lines) is not tuple:
+            raise InvalidOperation("lines", lines, "must be a list or tuple of Line objects")
         if not lines:
             raise InvalidOperation("lines", lines, "must have at least one line")
         if len(lines) == 1:
@@ -166,7 +170,7 @@ class Acts:
             if line.quantity * sign <= 0:
                 raise InvalidOperation("quantity", line.quantity, f"must be {'positive' if sign > 0 else 'negative'} (sku {line.sku!r})")
         flat = summed(lines, merchant)
-        if len(flat) > self._max_lines * 2:
+        if not bulk and len(flat) > self._max_lines * 2:
             raise InvalidOperation("lines", len(flat) // 2, f"at most {self._max_lines} lines in one operation")
         partitions = self._engine().settings.partitions
         if partitions > 1:
@@ -232,6 +236,9 @@ class Acts:
                     return _first_receipt(first, kind, level)
             remaining: Sequence[int] = answer[1] if code == DONE_LINES else answer[1:]
             return receipt(name, kind, merchant, order, flat, remaining, position, level, False, signed)
+        if code == ASK_LEDGER:
+            await self._still_holds(engine, key, name)
+            code = REPLAY
         if code == REPLAY:
             record = read_result(answer[1])
             position = Position(partition.number, record.epoch, record.sequence)
@@ -246,6 +253,12 @@ class Acts:
             return receipt(name, kind, merchant, record.order or None, flat, remaining, position, level, True, signed)
         raise error(answer, name, name)
 
+    async def _still_holds(self, engine: Engine, key: str, name: str) -> None:
+        """Raises if the reservation was given back; a held or confirmed one answers its receipt."""
+        row = await engine.ledger.reservation(key)
+        if row is not None and row.state in ("released", "expired"):
+            raise closed(name, row.state)
+
     def _give_back(self, engine: Engine, partition: Partition, kind: str, key: str, flat: list[Any], answer: Answer) -> None:
         """A take with a made-up id whose caller went away: nobody can ask for it, so it is undone."""
         (code, *_), batch = answer
@@ -253,11 +266,11 @@ class Acts:
             position = batch.position
             engine.in_background(self._undo(kind, key, flat, position), f"undo of {split_key(key)[1]}")
 
-    async def _undo(self, kind: str, key: str, flat: list[Any], position: Position) -> bool:
+    async def _undo(self, kind: str, key: str, flat: list[Any], position: Position, decider: bool = False) -> bool:
         engine = self._engine()
         mark = f"{position.epoch}-{position.sequence}"
         extra = json.dumps({"of": kind, "position": mark})
-        operation = ["undo", f"{key}\x1fundo", fingerprint(kind, "", flat), flat, "", key, 0, extra, mark, kind]
+        operation = ["undo", f"{key}\x1fundo", fingerprint(kind, "", flat), flat, "", key, int(decider), extra, mark, kind]
         answer, _ = await engine.send(engine.partitions[position.partition], operation)
         if answer[0] not in (DONE, DONE_LINES, TOO_LATE):
             raise refused(answer)
@@ -304,14 +317,14 @@ class Acts:
             if kind != Kind.RELEASE or lines is not None:
                 raise ReservationNotFound(reservation, home)
             answer, batch = await engine.send(partition, operation(flag + "t"))
-            if answer[0] == DONE_LINES and not answer[2]:
+            if answer[0] <= DONE and not answer[2]:
                 raise ReservationNotFound(reservation, home)
         if answer[0] <= DONE:
             position = batch.position
             if level != "redis":
                 await self._reach(engine, position, level, key, batch)
-            moved, remaining = (answer[2], answer[1]) if answer[0] == DONE_LINES else (flat, answer[1:])
-            return receipt(name, kind.value, home, None, moved, remaining, position, level, False)
+            _, remaining, moved, order = answer
+            return receipt(name, kind.value, home, order or None, moved, remaining, position, level, False)
         if answer[0] == REPLAY:
             record = read_result(answer[1])
             position = Position(partition.number, record.epoch, record.sequence)
@@ -374,8 +387,8 @@ def ttl_ms(ttl: float | None) -> int:
 
 
 def _sign(lines: Sequence[Line] | None) -> int:
-    if not lines:
-        raise InvalidOperation("lines", lines, "must have at least one line")
+    if not isinstance(lines, list | tuple) or not lines:
+        raise InvalidOperation("lines", lines, "must be a list of at least one Line")
     for line in lines:
         if not isinstance(line, Line):
             raise InvalidOperation("lines", line, "must be Line objects")

@@ -35,8 +35,8 @@ GIVE_UP: Final = 10.0
 """Seconds that a batch is tried again on connection faults before its callers are told."""
 
 DONE_LINES: Final = -1
-"""Done, with lines that the call did not name: [-1, [remaining, …], [field, quantity, …]]."""
-DONE, REPLAY, CONFLICT, SHORT, NOT_LOADED, FROZEN, CLOSED, NOT_FOUND, JOURNAL_FULL, NOT_OPEN, PIN, TOO_LATE, NOT_DUE = range(13)
+"""Done, with what the call did not name: [-1, [remaining, …], [field, quantity, …], order]."""
+DONE, REPLAY, CONFLICT, SHORT, NOT_LOADED, FROZEN, CLOSED, NOT_FOUND, JOURNAL_FULL, NOT_OPEN, PIN, TOO_LATE, NOT_DUE, ASK_LEDGER = range(14)
 """Codes of the batch script's answers."""
 _REASONS: Final = {
     CONFLICT: "conflict",
@@ -50,6 +50,7 @@ _REASONS: Final = {
     PIN: "pinned",
     TOO_LATE: "ended",
     NOT_DUE: "not_due",
+    ASK_LEDGER: "forgotten",
 }
 
 _PROCESS: Final = secrets.token_hex(4)
@@ -268,7 +269,7 @@ class Batcher:
                     return []
                 entry = await self._find(nonce, int(epoch), after, hello.sequence)
                 break
-            except (NotExecuted, ReplyLost) as error:
+            except (NotExecuted, ReplyLost, ResponseError) as error:
                 self._metrics.record(Retried("redis", "recover"))
                 if time.monotonic() > give_up:
                     partition.forget()
@@ -284,13 +285,14 @@ class Batcher:
         rest: list[_Waiting] = []
         for item in batch:
             operation = done.get(item.operation[1])
-            if operation is None:
+            mark = item.operation[2]
+            if operation is None or (mark and mark != operation.fingerprint):  # an expiry learns its fingerprint there
                 rest.append(item)
                 continue
             found.append(item)
             # A second operation of the batch with the same key was a replay, and will find the first one's record.
             del done[operation.key]
-            answers.append([DONE_LINES, operation.remaining, operation.lines])
+            answers.append([DONE_LINES, operation.remaining, operation.lines, operation.order])
         self._deliver(found, answers, int(epoch), sequence, body, time.perf_counter() - started)
         return rest
 

@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from inventory_sdk.errors import OutcomeUnknown, StockFrozen, UnknownStock
+from inventory_sdk.errors import StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import EpochClosed, Ledger
 from inventory_sdk.model import key_of, split_key
 from inventory_sdk.stock.partition import Partition
-from inventory_sdk.stock.wire import ReplyLost
+from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 AT_ONCE: Final = 8
 PER_LOAD: Final = 256
@@ -30,7 +30,7 @@ class Loader:
     def __init__(self, ledger: Ledger, opener: Opener | None) -> None:
         self._ledger = ledger
         self._opener = opener
-        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._under_way: dict[str, asyncio.Task[list[str]]] = {}
         self._unknown: dict[str, float] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
 
@@ -64,10 +64,12 @@ class Loader:
             for field in part:
                 self._under_way[field] = task
             task.add_done_callback(partial(self._forget, tuple(part)))
-        tasks = {self._under_way[field] for field in fields if field in self._under_way}
-        for task in tasks:
-            await asyncio.shield(task)
-        self.check_known(fields)
+        missing: set[str] = set()
+        for task in {self._under_way[field] for field in fields if field in self._under_way}:
+            missing.update(await asyncio.shield(task))
+        for field in fields:
+            if field in missing:
+                raise UnknownStock(*split_key(field))
 
     async def opened(self, partition: Partition, fields: Sequence[str]) -> None:
         """Before anything enters: what the service's tables say of fields that the ledger has no row for. An operation that made
@@ -89,19 +91,20 @@ class Loader:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _forget(self, part: Sequence[str], task: asyncio.Task[None]) -> None:
+    def _forget(self, part: Sequence[str], task: asyncio.Task[list[str]]) -> None:
         for field in part:
             if self._under_way.get(field) is task:
                 del self._under_way[field]
         if not task.cancelled():
             task.exception()  # every waiter has it; with no waiter left nobody needs it
 
-    async def _load(self, partition: Partition, fields: list[str]) -> None:
+    async def _load(self, partition: Partition, fields: list[str]) -> list[str]:
+        """The fields that the ledger does not have."""
         async with self._slots:
-            missing = await self._copy(partition, fields)
+            missing = await self._insist(partition, fields)
             if missing and self._opener is not None:
                 await self._opener(partition, missing)
-                missing = await self._copy(partition, missing)
+                missing = await self._insist(partition, missing)
             now = time.monotonic()
             if len(self._unknown) + len(missing) > MOST_UNKNOWN:
                 self._unknown = {field: until for field, until in self._unknown.items() if until > now}
@@ -109,6 +112,14 @@ class Loader:
                     self._unknown.clear()
             for field in missing:
                 self._unknown[field] = now + UNKNOWN_FOR
+            return missing
+
+    async def _insist(self, partition: Partition, fields: list[str]) -> list[str]:
+        """``_copy``, once more where its answer was lost."""
+        try:
+            return await self._copy(partition, fields)
+        except NotExecuted:
+            return await self._copy(partition, fields)
 
     async def _copy(self, partition: Partition, fields: list[str]) -> list[str]:
         """Ledger rows → Redis, the rows held until the script has answered (or can't run any more); the fields without a row."""
@@ -126,7 +137,7 @@ class Loader:
                         loaded = await partition.wire.run("load", partition.keys[:3], [epoch, str(not_after), json.dumps(flat)])
                     except ReplyLost as error:
                         await asyncio.sleep(max(0.0, sent + partition.wire.timeout - time.monotonic()) + 0.005)
-                        raise OutcomeUnknown("load", str(error)) from error
+                        raise NotExecuted(str(error)) from error  # what it wrote, if it ran, is what the ledger says
                     if not loaded:
                         partition.forget()
                 return [field for field in fields if field not in rows]

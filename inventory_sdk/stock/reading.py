@@ -14,6 +14,7 @@ from inventory_sdk.model import Position, Reservation, StockLevel, key_of, split
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_reservation, read_result, write_reservation
+from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,13 @@ async def read(
     operations: Sequence[str] = (),
     reservations: Sequence[str] = (),
 ) -> Reading:
-    """Ask Redis in one script; ``StockFrozen`` while the partition is not open."""
+    """Ask Redis in one script; ``StockFrozen`` while the partition is not open, ``Overloaded`` while Redis does not answer."""
     keys = [partition.key(name) for name in ("meta", "available", "reserved", "frozen", "results:0", "results:1", "reservations")]
     asked = json.dumps([list(fields), list(operations), list(reservations)])
-    epoch, sequence, state, answer = await partition.wire.run("read", keys, [asked])
+    try:
+        epoch, sequence, state, answer = await partition.wire.run("read", keys, [asked])
+    except ReplyLost as error:
+        raise NotExecuted(str(error)) from error
     if not epoch or state != b"open":
         raise partition.frozen(state.decode() or "empty")
     available, reserved, frozen, results, holds = json.loads(answer)

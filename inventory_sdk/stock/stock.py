@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
-from inventory_sdk.errors import InvalidOperation
-from inventory_sdk.model import Kind, Line, Position, Receipt, Reservation, StockLevel, check_text, check_ttl, key_of, summed
+from inventory_sdk.model import Kind, Line, Position, Receipt, Reservation, StockLevel, check_text, check_ttl, key_of
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.acts import Acts, ttl_ms
 from inventory_sdk.stock.answers import public_kind, receipt
@@ -134,9 +133,9 @@ class Stock(Acts):
         failure goes on where it stopped; the list of lines must then be the same."""
         check_text("operation_id", operation_id)
         home = self._merchant(merchant)
-        flat = summed(lines, home)
-        if not flat:
-            raise InvalidOperation("lines", [], "must have at least one line")
+        if order is not None:
+            check_text("order", order)
+        flat = self._flat(list(lines), home, +1, bulk=True)
         receipts: list[Receipt] = []
         for part, start in enumerate(range(0, len(flat), self._max_lines * 2)):
             piece = flat[start : start + self._max_lines * 2]

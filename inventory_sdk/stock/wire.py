@@ -25,14 +25,14 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from inventory_sdk.errors import InventoryError
+from inventory_sdk.errors import InventoryError, Overloaded
 
 REFUSED_UNEXECUTED: Final = (MovedError, AskError, TryAgainError, ReadOnlyError, ClusterDownError, BusyLoadingError)
 IDLE_BEFORE_PROBE: Final = 1.0
 """Seconds after which a kept connection is looked at before it is used: the server may have closed it."""
 
 
-class NotExecuted(InventoryError):
+class NotExecuted(Overloaded):
     """The script did not run: it was never sent, or the server refused to execute it. Safe to send again at once."""
 
 
@@ -116,8 +116,9 @@ class Wire:
         pool: Any = self.client.connection_pool
         connection = pool.make_connection()
         try:
-            await connection.connect()
-        except (RedisError, OSError) as error:
+            async with asyncio.timeout(self.timeout):
+                await connection.connect()
+        except (RedisError, OSError) as error:  # OSError: also TimeoutError
             await connection.disconnect(nowait=True)
             raise NotExecuted(f"Redis can't be reached: {error}") from error
         except BaseException:

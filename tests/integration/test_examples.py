@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,11 +70,11 @@ def run(folder: Path, *arguments: str, **environment: str) -> str:
 
 
 def test_the_shop_works_before(tmp_path: Path) -> None:
-    assert "16 passed" in run(EXAMPLES / "shop_before", "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/shop")
+    assert "17 passed" in run(EXAMPLES / "shop_before", "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/shop")
 
 
 def test_the_shop_works_after(tmp_path: Path) -> None:
-    assert "23 passed" in run(EXAMPLES / "shop_after", "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/shop")
+    assert "24 passed" in run(EXAMPLES / "shop_after", "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/shop")
 
 
 def test_the_tests_of_the_shop_are_the_same_before_and_after() -> None:
@@ -94,7 +95,7 @@ def test_the_shop_works_after_on_real_servers(tmp_path: Path, redis_url: str, po
     (servers / "conftest.py").write_text(ON_SERVERS)
     with shop_database(postgresql_url, namespace) as url:
         ours = {"SHOP_DATABASE_URL": url, "SHOP_REDIS_URL": redis_url, "SHOP_NAMESPACE": namespace}
-        assert "23 passed" in run(shop, "-m", "pytest", "-p", "no:cacheprovider", **ours)
+        assert "24 passed" in run(shop, "-m", "pytest", "-p", "no:cacheprovider", **ours)
 
 
 @contextmanager
@@ -133,3 +134,16 @@ def test_woven_code_takes_stock_without_being_edited() -> None:
         "order 3 refused: merchant 'default', sku 'book': 2 asked, 1 available",
         "orders: [1]",
     ]
+
+
+def test_plain_asyncio_is_tested_with_everything_replaced() -> None:
+    assert "4 passed" in run(EXAMPLES, "-m", "pytest", "-p", "no:cacheprovider", "test_plain_asyncio.py")
+
+
+@pytest.mark.parametrize("page", ["fastapi.md", "testing.md"])
+def test_the_python_on_the_page_stands_in_the_examples(page: str) -> None:
+    code = [source.read_text() for source in sorted(EXAMPLES.rglob("*.py"))]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / page).read_text(), re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        assert any(block in text for text in code), f"{page} shows what no example has:\n{block}"

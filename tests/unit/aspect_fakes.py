@@ -118,7 +118,7 @@ class FakeStock:
         await self._pass(f"settle {kind}")
         return self._close(kind, receipt.operation_id, None, as_decider=True)
 
-    async def undo(self, receipt: Receipt) -> bool:
+    async def undo(self, receipt: Receipt, *, decider: bool = False) -> bool:
         await self._pass("undo")
         name = receipt.operation_id
         known = self.results.get(name)

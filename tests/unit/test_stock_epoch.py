@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -223,6 +224,35 @@ async def test_a_second_rebuilder_of_the_same_epoch_is_closed_out_and_spoils_not
     assert first.opened
     assert await shop.counters("a") == (9, 1)
     assert await shop.counters("b") == (5, 0)
+
+
+async def test_every_chunk_follows_the_one_before_under_its_own_epoch(shop: Shop) -> None:
+    partition = shop.engine.partitions[0]
+    rows = json.dumps([key_of(MERCHANT, "a"), 1, 0])
+
+    async def chunk(epoch: int, number: int, what: str) -> bool:
+        arguments = [str(epoch), str(number), what, rows if what == "balances" else "[]"]
+        return bool(await partition.wire.run("rebuild", partition.keys[:9], arguments))
+
+    await shop.engine.upkeep.freeze(0, 2)
+    assert not await chunk(2, 1, "balances"), "a rebuild begins with begin"
+    assert not await chunk(1, 1, "begin")
+    assert await chunk(2, 1, "begin")
+    assert await chunk(2, 2, "balances")
+    before = await shop.snapshot()
+    for epoch, number, what in (
+        (2, 1, "begin"),
+        (2, 2, "balances"),
+        (2, 4, "balances"),
+        (1, 3, "balances"),
+        (3, 3, "balances"),
+        (2, 2, "open"),
+    ):
+        assert not await chunk(epoch, number, what)
+    assert await shop.snapshot() == before
+    assert await chunk(2, 3, "open")
+    assert not await chunk(2, 4, "balances"), "it is open"
+    assert await shop.counters("a") == (1, 0)
 
 
 async def test_a_rebuilder_whose_epoch_is_over_opens_nothing(shop: Shop) -> None:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from inventory_sdk import OutcomeUnknown, Overloaded
+from inventory_sdk import OutcomeUnknown, Overloaded, UnknownStock
 
 from .database import engine, get_session
 from .errors import ShopError
@@ -104,5 +104,8 @@ async def get_product(product_id: str, session: Session) -> dict[str, object]:
     product = await session.get(Product, product_id)
     if product is None:
         raise HTTPException(404)
-    stock = await inventory.stock.level(product_id)
+    try:
+        stock = await inventory.stock.level(product_id)
+    except UnknownStock:
+        raise HTTPException(404) from None
     return {"id": product.id, "name": product.name, "cents": product.cents, "available": stock.available}

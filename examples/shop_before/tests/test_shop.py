@@ -40,6 +40,10 @@ async def test_what_the_shop_does_not_have_is_refused(client: httpx.AsyncClient)
     assert (await place(client, "o1", hat=1)).status_code == 409
 
 
+async def test_a_product_that_does_not_exist_is_not_found(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/products/hat")).status_code == 404
+
+
 async def test_the_last_unit_is_sold_once(client: httpx.AsyncClient) -> None:
     assert (await place(client, "o1", tee=2)).status_code == 201
     assert (await place(client, "o2", tee=1)).status_code == 409

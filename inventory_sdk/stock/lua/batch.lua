@@ -4,7 +4,8 @@
 -- ARGV  1 epoch  2 run_id as known ("" on a server that can't tell)  3 not_after (ms)  4 nonce  5 journal cap (entries, 0: none)
 --       6 "1": answer the journal entry's body
 --       7 JSON [[kind, key, fingerprint, lines, order, reference, ttl ms, extra, mark, flag], ...]; lines is flat: field, quantity, ...
---         undo and keep: reference = key of the take, mark = its position; undo: flag = kind of the take
+--         undo and keep: reference = key of the take, mark = its position; undo: flag = kind of the take, ttl ms = 1: spoken by
+--         the hold's decider
 --         pin: ttl ms = 1: the decider's commit confirms; else what a resume gives it (0: until closed); mark = ms until overdue
 --         void: lines in threes: field, available delta, reserved delta; flag "f" freezes the SKUs, reference = reservation to close
 --         credit: reference = key of the operation that entered through the ledger
@@ -13,11 +14,12 @@
 -- Reply {status, now ms, epoch, sequence, results JSON, body}
 --   status "ok", or nothing was executed: "missing" no meta, "state" not open, "epoch", "run_id", "late" after not_after
 --   results, one per operation:
---     [0, remaining ...]  done now    [-1, [remaining ...], [field, quantity ...]]  done now, lines that the call did not name
+--     [0, remaining ...]  done now    [-1, [remaining ...], [field, quantity ...], order]  done now, with what the call did not name
 --     [1, record]  seen before: the record of the first    [2]  other content
 --     [3, field, asked, available, ...]  short    [4, field, ...]  not loaded    [5, field, ...]  frozen    [6, state]  closed
 --     [7]  no such reservation    [8]  journal full    [9, field, asked, open, ...]  more than is open    [10]  pinned
 --     [11]  can't be undone or kept any more    [12, expires_at]  not due
+--     [13, record]  seen before, and how its reservation ended is not known here (after a rebuild): ask the ledger
 --
 -- A result record is: fingerprint RS position RS flags RS remaining,... RS order RS lines (field RS quantity ...; only where the call gave none)
 -- A reservation record is: state RS position RS fingerprint RS expires_at (pinned: the pin's ttl ms) RS order {RS field RS original[/confirmed/released/expired]}
@@ -55,6 +57,7 @@ local any_frozen = call('HLEN', KEYS[4]) > 0
 local ops = cjson.decode(ARGV[7])
 local IS_TAKE = {reserve = true, deduct = true, adjust = true}
 local REMEMBERED = {reserve = true, deduct = true, adjust = true, confirm = true, release = true, credit = true, void = true, correct = true}
+local CLOSES = {confirm = true, release = true}
 local HOLDS = {confirm = true, release = true, extend = true, expire = true, pin = true, resume = true, void = true, undo = true, keep = true, credit = true}
 
 -- Bulk reads ------------------------------------------------------------------------------------------------------------
@@ -107,6 +110,7 @@ end
 if #hold_names > 0 then
   hmget(KEYS[7], hold_names, holds)
   call('ZCARD', KEYS[8])
+  call('HLEN', current)  -- a key of another type must fail before the first write
 end
 for key, text in pairs(holds) do
   local record = split(text)
@@ -213,10 +217,10 @@ end
 
 local function journaled(i, op, lines, remaining, expires_at, kind)
   journal[#journal + 1] = {kind or op[1], op[2], op[3], lines, remaining, op[5], op[6], expires_at, op[8]}
-  if lines == op[4] then
+  if lines == op[4] and not CLOSES[op[1]] then
     answers[i] = #remaining > 0 and '[0,' .. concat(remaining, ',') .. ']' or '[0]'
   else
-    answers[i] = '[-1,' .. cjson.encode(remaining) .. ',' .. cjson.encode(lines) .. ']'
+    answers[i] = '[-1,' .. cjson.encode(remaining) .. ',' .. cjson.encode(lines) .. ',' .. cjson.encode(op[5]) .. ']'
   end
 end
 
@@ -304,7 +308,7 @@ function decide.reserve(i, op)
     if state == CONFIRMED and answer then return answer end
     return {6, state}
   end
-  if answer then return answer end
+  if answer then return {13, answer[2]} end
   if full then return {8} end
   local lines = op[4]
   answer = uncovered(lines)
@@ -451,7 +455,7 @@ function decide.expire(i, op)
     return {7}
   end
   local score = tonumber(call('ZSCORE', KEYS[8], key) or '0')
-  if new_expiry[key] then score = new_expiry[key] end
+  if new_expiry[key] ~= nil then score = new_expiry[key] or 0 end
   if score == 0 or now < score then return {12, score} end
   if hold[1] == PINNED then return {10} end
   local lines = closing(hold, {})
@@ -494,15 +498,14 @@ function decide.undo(i, op)
   local key, mark = op[6], op[9]
   local record = results[key] and split(results[key]) or nil
   local hold = holds[key]
-  if record and (record[1] ~= op[3] or record[2] ~= mark or record[3] == 'k') then return {11} end
+  if not record or record[1] ~= op[3] or record[2] ~= mark or record[3] == 'k' then return {11} end
   if op[10] == 'reserve' then
     if not hold or hold[2] ~= mark or hold[3] ~= op[3] then return {11} end
+    if hold[1] == PINNED and op[7] ~= 1 then return {10} end
     for j = 6, #hold, 2 do
       local original = amounts(hold[j + 1])
       if open_of(hold[j + 1]) ~= original then return {11} end
     end
-  elseif not record then
-    return {11}
   end
   local lines, remaining = op[4], {}
   local answer = not_loaded(lines)
@@ -519,6 +522,8 @@ end
 function decide.keep(i, op)
   local key, mark = op[6], op[9]
   local record = results[key] and split(results[key]) or nil
+  -- Without its record a take can't be undone, so a hold that outlived the results windows is kept as it is.
+  if not record and holds[key] and holds[key][2] == mark then return {1, ''} end
   if not record or record[2] ~= mark then return {11} end
   if record[3] == 'k' then return {1, results[key]} end
   record[3] = 'k'
@@ -559,7 +564,10 @@ function decide.void(i, op)
   for j = 1, #lines, 3 do
     move(lines[j], lines[j + 1], lines[j + 2])
     remaining[#remaining + 1] = available[lines[j]]
-    if find(flag, 'f', 1, true) then new_frozen[lines[j]] = true end
+    if find(flag, 'f', 1, true) then
+      new_frozen[lines[j]] = true
+      any_frozen, frozen[lines[j]] = true, true
+    end
   end
   if key ~= '' then
     local hold = holds[key]
