@@ -185,7 +185,7 @@ class Model:
             if "t" not in flag:
                 return [7]
             self.closed[reference] = Hold("r", self.mark, "", 0, "", {})
-            return [-1, [], []]
+            return [-1, [], [], order]
         if hold.state == "p" and "d" not in flag:
             return [10]
         lines = asked or [value for name in hold.lines if hold.open(name) for value in (name, hold.open(name))]
@@ -194,7 +194,7 @@ class Model:
             return [9, *over]
         remaining = self.close(hold, reference, lines, column)
         self.results[key] = Result(mark, self.mark, remaining, order or hold.order, None if asked else lines)
-        return [0, *remaining] if asked else [-1, remaining, lines]
+        return [-1, remaining, lines, order or hold.order]
 
     release = confirm
 
@@ -208,8 +208,8 @@ class Model:
             amounts[1], amounts[3] = amounts[1] + amounts[3], 0
         ended.state = "c"
         self.closed[operation[5]] = ended
-        self.results[operation[1]] = Result(operation[2], self.mark, remaining, operation[4], lines)
-        return [-1, remaining, lines]
+        self.results[operation[1]] = Result(operation[2], self.mark, remaining, operation[4] or ended.order, lines)
+        return [-1, remaining, lines, operation[4] or ended.order]
 
     def expire(self, operation: list[Any]) -> list[Any]:
         key = operation[5]
@@ -223,7 +223,7 @@ class Model:
         if hold.state == "p":
             return [10]
         lines = [value for name in hold.lines if hold.open(name) for value in (name, hold.open(name))]
-        return [-1, self.close(hold, key, lines, 3), lines]
+        return [-1, self.close(hold, key, lines, 3), lines, hold.order]
 
     def extend(self, operation: list[Any]) -> list[Any]:
         kind, key, ttl = operation[0], operation[5], operation[6]
@@ -265,7 +265,7 @@ class Model:
             return [1, known.text()]
         known = Result(known.fingerprint, known.mark, known.remaining, known.order, known.lines, kept=True)
         self.results[key] = known
-        return [-1, [], []]
+        return [0]
 
     def credit(self, operation: list[Any]) -> list[Any]:
         _, key, mark, lines, order, reference = operation[:6]

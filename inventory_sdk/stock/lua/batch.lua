@@ -392,6 +392,7 @@ local function not_loaded(lines)
 end
 
 local function reacquire(i, op, closed)
+  if op[5] == '' then op[5] = closed[5] end
   local lines = {}
   for j = 6, #closed, 2 do
     local _, _, _, expired = amounts(closed[j + 1])
@@ -530,7 +531,7 @@ function decide.keep(i, op)
   local text = concat(record, RS)
   results[key] = text
   new_results[key] = text
-  journaled(i, op, {}, {}, 0)
+  journaled(i, op, op[4], {}, 0)
 end
 
 function decide.credit(i, op)
