@@ -29,7 +29,7 @@ log = logging.getLogger("inventory_sdk.stock")
 
 MAX_OPERATIONS: Final = 512
 MAX_BATCH_LINES: Final = 1024
-HALVE_ABOVE: Final = 64
+HALVE_ABOVE: Final = 128
 """A longer queue goes in two halves: Redis works on one while this process answers the callers of the other."""
 GIVE_UP: Final = 10.0
 """Seconds that a batch is tried again on connection faults before its callers are told."""
@@ -53,6 +53,7 @@ _REASONS: Final = {
     ASK_LEDGER: "forgotten",
 }
 
+_dumps: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
 _PROCESS: Final = secrets.token_hex(4)
 _NUMBERS: Final = count()
 
@@ -96,6 +97,7 @@ class _Sent:
     nonce: str
     epoch: str
     after: int
+    not_after: str
     at: float
 
 
@@ -197,7 +199,8 @@ class Batcher:
         while True:
             try:
                 await partition.known()
-                sent = _Sent(new_nonce(), partition.epoch, partition.sequence, time.monotonic())
+                not_after = str(partition.not_after())
+                sent = _Sent(new_nonce(), partition.epoch, partition.sequence, not_after, time.monotonic())
                 try:
                     status = await self._call(batch, sent, started)
                 except ReplyLost as lost:
@@ -239,18 +242,19 @@ class Batcher:
     async def _call(self, batch: list[_Waiting], sent: _Sent, started: float) -> bytes:
         """One script call; its status. ``ok``: the callers have their answers; anything else: nothing was executed."""
         partition = self.partition
-        operations = json.dumps([item.operation for item in batch], separators=(",", ":"))
+        operations = _dumps([item.operation for item in batch])
         want_body = "1" if self._publish is not None else "0"
-        arguments = (sent.epoch, partition.run_id, str(partition.not_after()), sent.nonce, self._journal_cap, want_body, operations)
+        arguments = (sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations)
         reply = await partition.wire.run("batch", partition.keys, arguments)
-        status: bytes = reply[0]
-        epoch, sequence = int(reply[2]), int(reply[3])
+        status: bytes
+        status, now, in_epoch, last, answers, body = reply.split(b"\n", 5)
         if status != b"ok":
-            partition.heard(int(reply[1]))
+            partition.heard(int(now))
             partition.forget()
             return status
-        partition.heard(int(reply[1]), sequence)
-        self._deliver(batch, json.loads(reply[4]), epoch, sequence, reply[5], time.perf_counter() - started)
+        sequence = int(last)
+        partition.heard(int(now), in_epoch.decode(), sequence)
+        self._deliver(batch, json.loads(answers), int(in_epoch), sequence, body, time.perf_counter() - started)
         return status
 
     async def _recover(self, batch: list[_Waiting], sent: _Sent, lost: ReplyLost, give_up: float, started: float) -> list[_Waiting]:

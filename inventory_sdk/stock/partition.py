@@ -55,11 +55,11 @@ class Partition:
         """The Redis key of one of ``KEY_NAMES``, or of a plain key beside them."""
         return f"{self.tag}:{name}"
 
-    def heard(self, redis_ms: int, sequence: int | None = None) -> None:
-        """Note the time (and sequence) of an answer that just came."""
+    def heard(self, redis_ms: int, epoch: str = "", sequence: int = 0) -> None:
+        """Note the time of an answer that just came, and the sequence if it is of the epoch that we know."""
         self._redis_ms = redis_ms
         self._heard = time.monotonic()
-        if sequence is not None and sequence > self.sequence:
+        if epoch == self.epoch and sequence > self.sequence:
             self.sequence = sequence
 
     def not_after(self) -> int:

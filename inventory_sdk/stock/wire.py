@@ -57,6 +57,11 @@ def script(name: str) -> Script:
     return Script(name)
 
 
+def _word(text: str) -> bytes:
+    data = text.encode()
+    return b"$%d\r\n%b\r\n" % (len(data), data)
+
+
 class Wire:
     """Runs scripts on connections of its own, made by the client's pool but kept out of it: nothing is retried behind our back,
     and a connection whose answer is outstanding is never used again. One event loop; any number of calls at once."""
@@ -66,17 +71,19 @@ class Wire:
         self.timeout = timeout
         self._idle: list[tuple[Any, float]] = []
         self._busy: set[Any] = set()
+        self._heads: dict[tuple[str, str, int], bytes] = {}
 
     async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str]) -> Any:
         """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
         text = script(name)
+        command = self._packed(name, text.digest, keys, arguments)
         connection = await self._connection()
         self._busy.add(connection)
         done = False
         try:
             async with asyncio.timeout(self.timeout):
                 try:
-                    await connection.send_command("EVALSHA", text.digest, len(keys), *keys, *arguments)
+                    await connection.send_packed_command(command, False)
                     reply = await connection.read_response()
                 except NoScriptError:
                     await connection.send_command("EVAL", text.text, len(keys), *keys, *arguments)
@@ -101,6 +108,15 @@ class Wire:
                 self._idle.append((connection, time.monotonic()))
             else:
                 await connection.disconnect(nowait=True)
+
+    def _packed(self, name: str, digest: str, keys: Sequence[str], arguments: Sequence[str]) -> bytes:
+        """EVALSHA on the wire. All but the arguments is the same for every call of a script on a partition."""
+        head = self._heads.get((name, keys[0], len(arguments)))
+        if head is None:
+            words = ["EVALSHA", digest, str(len(keys)), *keys]
+            head = b"*%d\r\n" % (len(words) + len(arguments)) + b"".join(map(_word, words))
+            self._heads[name, keys[0], len(arguments)] = head
+        return head + b"".join(map(_word, arguments))
 
     async def _connection(self) -> Any:
         while self._idle:

@@ -45,7 +45,9 @@ class Hold:
         flat = []
         for name, amounts in self.lines.items():
             flat += [name, "/".join(map(str, amounts)) if any(amounts[1:]) else str(amounts[0])]
-        return RS.join([self.state, self.mark, self.fingerprint, str(self.expires_at), self.order, *flat])
+        one = [f"r{amounts[0]} {name}" for name, amounts in self.lines.items()]
+        print_ = "" if self.state in "hp" and one == [self.fingerprint] else self.fingerprint
+        return RS.join([self.state, self.mark, print_, str(self.expires_at), self.order, *flat])
 
 
 @dataclass
