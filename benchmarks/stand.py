@@ -76,6 +76,17 @@ class Stand:
         await self.settle()
         return Durable(load, time.perf_counter() - started)
 
+    async def accepted(self, call: Call, callers: int, seconds: float) -> Load:
+        """Load with the worker stopped, so that it takes no part of the CPU; afterwards it applies what was journaled."""
+        await self.settle()
+        os.kill(self.worker_pid, signal.SIGSTOP)
+        try:
+            return await put(call, callers, seconds)
+        finally:
+            os.kill(self.worker_pid, signal.SIGCONT)
+            await asyncio.sleep(1.0)  # until it has given a sign again
+            await self.settle()
+
     async def settle(self) -> None:
         """Until the ledger has applied everything."""
         await self.inventory.settled(timeout=PATIENCE)
@@ -117,6 +128,22 @@ async def stand(options: Options, writes: str = "none", *, part: str = "ours") -
                 yield Stand(inventory, pid), shop
     finally:
         await _remove(options, name, inventory, shop)
+
+
+@asynccontextmanager
+async def alone(options: Options) -> AsyncIterator[Stand]:
+    """The same SKU on Redis alone (``queue=None``: the journal is the queue), for one caller. No worker runs meanwhile."""
+    name = f"{options.name}alone"
+    inventory = Inventory(options.redis, database=options.database, namespace=name, table_prefix=f"{name}_", merchant=MERCHANT)
+    try:
+        async with inventory:
+            await inventory.create_schema()
+            await inventory.stock.restock([Line(SKU, UNITS)], operation_id="opening")
+            yield Stand(inventory, 0)
+    finally:
+        ledger: Any = inventory.ledger
+        await _tables(options.database, ledger.tables.metadata, make=False)
+        await _delete_keys(options.redis, name)
 
 
 @asynccontextmanager
