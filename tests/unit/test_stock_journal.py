@@ -98,7 +98,7 @@ async def raw(shop: Shop, kind: str) -> list[Any]:
         "extend": ["extend", key_of(MERCHANT, "x"), "", [], "", held, 60_000, "", "", ""],
         "pin": ["pin", key_of(MERCHANT, "x"), "", [], "", held, 1, "", "60000", ""],
         "expire": ["expire", f"{held}\x1fexpire", "", [], "", key_of(MERCHANT, "due"), 0, "", "", ""],
-        "undo": ["undo", f"{held}\x1fundo", mark[2], [a, 2], "", held, 0, "", mark[1], "reserve"],
+        "undo": ["undo", f"{held}\x1fundo", mark[2] or f"r2 {a}", [a, 2], "", held, 0, "", mark[1], "reserve"],
         "keep": ["keep", f"{held}\x1fkeep", "", [], "", held, 0, "", mark[1], ""],
         "credit": ["credit", key_of(MERCHANT, "\x1fcredit\x1f0-9"), "credit", [a, 1], "", key_of(MERCHANT, "po"), 0, "", "", ""],
         "void": ["void", key_of(MERCHANT, "\x1fvoid\x1f1-1-0"), "void", [a, 2, -2], "", held, 0, "", mark[1], "f"],

@@ -210,10 +210,17 @@ class AmqpConsumer:
             if task is not None and task.cancelling():
                 # The client's own waits (wait_for, Python 3.11) may have swallowed it, and nobody will repeat it.
                 raise asyncio.CancelledError
+            stuck_at = -1
             while not (outer.is_closed or await waited(lost, self._watch_interval)):
-                # Where a queue is deleted and made again at once, RabbitMQ 3.10 forgets its consumer without telling it.
-                if (await outer.declare_queue(self._queue, passive=True)).declaration_result.consumer_count == 0:
+                # Where a queue is deleted and made again at once, RabbitMQ 3.10 forgets its consumer without telling it, or goes
+                # on counting it and delivers nothing. (A standby that waits for its turn just connects again now and then.)
+                found = (await outer.declare_queue(self._queue, passive=True)).declaration_result
+                if found.consumer_count == 0:
                     raise ConnectionError("RabbitMQ no longer knows this consumer")
+                room = not self._prefetch or self._acks.outstanding < self._prefetch
+                if found.message_count and room and stuck_at == self._acks.delivered:
+                    raise ConnectionError("messages are ready and RabbitMQ delivers none")
+                stuck_at = self._acks.delivered if found.message_count and room else -1
         finally:
             self._channel = None
             self._buffer.clear()
