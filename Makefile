@@ -31,9 +31,10 @@ lint: $(VENV)/.check ## ruff: rules and layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.check ## mypy --strict and pyright
+types: $(VENV)/.check ## mypy --strict and pyright, over the package and over users' decorated functions
 	$(BIN)/mypy
 	$(BIN)/basedpyright
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/typing
 
 floors: $(VENV)/.test ## imports run one way, from the roof to the ground
 	$(BIN)/python -m pytest -q tests/unit/test_floors.py
