@@ -261,8 +261,7 @@ class Batcher:
         """After a lost reply: what the journal says was done is delivered from there; the rest is returned, to be sent again."""
         partition = self.partition
         nonce, epoch, after, reason = sent.nonce, sent.epoch, sent.after, str(lost)
-        # Only after not_after can nothing of it happen any more.
-        await asyncio.sleep(max(0.0, sent.at + partition.wire.timeout - time.monotonic()) + 0.005)
+        await partition.outlive(sent.at)
         while True:
             try:
                 hello = await partition.hello()

@@ -122,15 +122,14 @@ class Engine:
     async def _submit_upkeep(self, partition: Partition, operation: list[Any]) -> Answer:
         return await self.batcher(partition, "upkeep").submit(operation)
 
-    async def journaled(self, partition: Partition, key: str, epoch: int, sequence: int) -> tuple[JournalOperation, str] | None:
-        """The operation of this key at a journal position, with the entry's body; None once the entry is trimmed."""
+    async def journaled(self, partition: Partition, key: str, epoch: int, sequence: int) -> JournalOperation | None:
+        """The operation of this key at a journal position; None once the entry is trimmed."""
         entries = await read_entries(partition, epoch, sequence - 1, sequence, 1)
         if not entries:
             return None
-        body = entries[0][1].decode()
-        for operation in decode(partition.number, epoch, sequence, body).operations:
+        for operation in decode(partition.number, epoch, sequence, entries[0][1]).operations:
             if operation.key == key:
-                return operation, body
+                return operation
         return None
 
     def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:

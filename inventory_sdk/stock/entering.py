@@ -76,7 +76,7 @@ async def enter(
         break
     else:
         raise StockFrozen(f"partition {partition.number} is being recovered", retry_after=0.5)
-    engine.loader.now_known(flat[::2])
+    engine.loader.arrived(flat[::2])
     if entered.credit is None:
         return Done(entered.position, entered.remaining, entered.replayed)
     try:
@@ -93,7 +93,6 @@ async def enter(
 
 
 async def _credited(engine: Engine, partition: Partition, credit: Credit, fields: Sequence[str]) -> list[Any]:
-    engine.loader.arrived(fields)
     try:
         return (await engine.send(partition, credit_operation(credit)))[0]
     except UnknownStock:

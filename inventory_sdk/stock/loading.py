@@ -46,11 +46,6 @@ class Loader:
             if self._unknown.get(field, 0.0) > now:
                 raise UnknownStock(*split_key(field))
 
-    def now_known(self, fields: Sequence[str]) -> None:
-        """These have just entered the ledger."""
-        for field in fields:
-            self._unknown.pop(field, None)
-
     async def load(self, partition: Partition, fields: Sequence[str]) -> None:
         """Bring these fields into Redis; ``UnknownStock`` names the first that the ledger does not have.
 
@@ -136,7 +131,7 @@ class Loader:
                     try:
                         loaded = await partition.wire.run("load", partition.keys[:3], [epoch, str(not_after), json.dumps(flat)])
                     except ReplyLost as error:
-                        await asyncio.sleep(max(0.0, sent + partition.wire.timeout - time.monotonic()) + 0.005)
+                        await partition.outlive(sent)
                         raise NotExecuted(str(error)) from error  # what it wrote, if it ran, is what the ledger says
                     if not loaded:
                         partition.forget()

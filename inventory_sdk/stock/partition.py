@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -65,6 +66,10 @@ class Partition:
     def not_after(self) -> int:
         """Redis milliseconds after which a script sent now must not run any more: no later than now there, plus the socket timeout."""
         return int(self._redis_ms + (time.monotonic() - self._heard + self.wire.timeout) * 1000)
+
+    async def outlive(self, sent: float) -> None:
+        """Wait until a script sent at this monotonic time is past its ``not_after``: nothing of it can happen any more."""
+        await asyncio.sleep(max(0.0, sent + self.wire.timeout - time.monotonic()) + 0.005)
 
     async def hello(self) -> Hello:
         """Ask Redis, and remember epoch, server and time."""

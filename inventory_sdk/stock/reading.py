@@ -98,10 +98,9 @@ async def status(engine: Engine, partition: Partition, key: str) -> tuple[str, P
     if record is not None:
         result = read_result(record)
         found = await engine.journaled(partition, key, result.epoch, result.sequence)
-        if found is not None and found[0].kind != "credit":
-            operation = found[0]
+        if found is not None and found.kind != "credit":
             position = Position(partition.number, result.epoch, result.sequence)
-            return operation.kind, position, operation.order or None, operation.lines, operation.remaining
+            return found.kind, position, found.order or None, found.lines, found.remaining
     row = await engine.ledger.operation(key)
     if row is None:
         return None
