@@ -128,14 +128,14 @@ async def test_a_sale_alone_in_its_batch_does_what_it_does_in_company(server: st
     stocked = {"a": 400, "b": 3, "none": 0, "frozen": 9}
     async with shop_on(server, f"{namespace}a", stocked) as alone, shop_on(server, f"{namespace}b", stocked) as together:
         for number in range(120):
-            if number == 40:
+            if number == 100:
                 for shop in (alone, together):
                     await shop.client.hset(shop.key("frozen"), key_of(MERCHANT, "frozen"), "1-1")
-            if number == 60:
+            if number == 50:
                 for shop in (alone, together):
                     await shop.client.hset(shop.key("meta"), "window", "1")
             flat = [key_of(MERCHANT, dice.choice(["a", "a", "a", "b", "none", "frozen", "unloaded"])), dice.randint(1, 2)]
-            key = key_of(MERCHANT, f"o{dice.randrange(150)}")
+            key = key_of(MERCHANT, f"o{dice.randrange(90)}")
             order, extra = dice.choice(["", "order 7"]), dice.choice(["", '{"reason":"gift"}'])
             operation = ["deduct", key, fingerprint(Kind.DEDUCT, "", flat), flat, order, "", 0, extra, "", ""]
             answer = await alone.run([*operation[:3], list(flat), *operation[4:]])
