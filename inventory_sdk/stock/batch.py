@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
@@ -202,6 +203,8 @@ class Batcher:
         while True:
             try:
                 await partition.known()
+                if partition.checked != partition.wire.made:
+                    await self._check_own()
                 not_after = str(partition.not_after())
                 sent = _Sent(new_nonce(), partition.epoch, partition.sequence, not_after, time.monotonic())
                 try:
@@ -231,6 +234,13 @@ class Batcher:
             else:
                 if status == b"ok":
                     return
+                if status == b"went_back":
+                    self._on_refused(partition.number, "went_back")
+                    why = f"Redis went back in time below {sent.epoch}-{sent.after}; the partition is being recovered"
+                    self._fail(batch, None, reason=why)
+                    with suppress(NotExecuted, ReplyLost):  # told before the next batch at the latest
+                        await partition.report()
+                    return
                 if status in (b"missing", b"run_id"):
                     self._on_refused(partition.number, status.decode())
                     self._fail(batch, partition.frozen("empty" if status == b"missing" else "on another server process"))
@@ -258,9 +268,30 @@ class Batcher:
             partition.forget()
             return status
         sequence = int(last)
+        decoded = from_json(answers)
+        # What was heard before the script was sent must be there, and an entry of its own must be behind it.
+        if sequence <= sent.after and (sequence < sent.after or any(answer[0] <= DONE for answer in decoded)):
+            partition.doubt("went_back")
+            return b"went_back"
         partition.heard(int(now), in_epoch.decode(), sequence)
-        self._deliver(batch, from_json(answers), int(in_epoch), sequence, body, time.perf_counter() - started)
+        if self._deliver(batch, decoded, int(in_epoch), sequence, body, time.perf_counter() - started):
+            partition.own = (sent.epoch, sequence, sent.nonce)
         return status
+
+    async def _check_own(self) -> None:
+        """A connection was made, maybe to another server than before: does its journal have our last entry as we wrote it?"""
+        partition = self.partition
+        made = partition.wire.made
+        if partition.own is not None and partition.own[0] == partition.epoch:
+            epoch, sequence, nonce = partition.own
+            entries = await read_entries(partition, int(epoch), sequence - 1, sequence, 1)
+            if entries and f'"n":"{nonce}"'.encode() not in entries[0][1][:120]:
+                partition.doubt("fork")
+                self._on_refused(partition.number, "fork")
+                with suppress(NotExecuted, ReplyLost):
+                    await partition.report()
+                raise partition.frozen("suspect")
+        partition.checked = made
 
     async def _recover(self, batch: list[_Waiting], sent: _Sent, lost: ReplyLost, give_up: float, started: float) -> list[_Waiting]:
         """After a lost reply: what the journal says was done is delivered from there; the rest is returned, to be sent again."""
@@ -317,7 +348,8 @@ class Batcher:
             after = entries[-1][0]
         return None
 
-    def _deliver(self, batch: list[_Waiting], answers: list[list[Any]], epoch: int, sequence: int, body: bytes, seconds: float) -> None:
+    def _deliver(self, batch: list[_Waiting], answers: list[list[Any]], epoch: int, sequence: int, body: bytes, seconds: float) -> bool:
+        """Publish the entry and answer the callers; whether anything was journaled."""
         confirmed: Awaitable[Any] | None = None
         accepted: dict[str, int] = {}
         refused: dict[str, int] = {}
@@ -341,6 +373,7 @@ class Batcher:
             elif item.orphaned is not None:
                 item.orphaned((answer, answered))
         self._unrecorded.append(BatchSent(self.partition.number, self.lane, len(batch), accepted, refused, replayed, seconds))
+        return bool(accepted)
 
     def _record_if_idle(self) -> None:
         if self._task is None:

@@ -69,6 +69,8 @@ class Wire:
     def __init__(self, client: Redis, timeout: float) -> None:
         self.client = client
         self.timeout = timeout
+        self.made = 0
+        """Connections that were made so far: each may have met another server than the last."""
         self._idle: list[tuple[Any, float]] = []
         self._busy: set[Any] = set()
         self._heads: dict[tuple[str, str, int], bytes] = {}
@@ -142,6 +144,7 @@ class Wire:
             raise
         # With a time-out of its own, redis-py sends in a task of its own: later than all who are ready to run.
         connection.socket_timeout = None
+        self.made += 1
         return connection
 
     async def close(self) -> None:
