@@ -12,6 +12,7 @@ from inventory_sdk.errors import DurabilityNotReached, InsufficientStock, Invent
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Happened, Metrics
 from inventory_sdk.model import OpeningBalance, Position, Shortage, split_key
+from inventory_sdk.redis_urls import close_client
 from inventory_sdk.servers import Servers
 from inventory_sdk.stock.batch import Answered, read_entries
 from inventory_sdk.stock.decorators import Hooks
@@ -49,7 +50,7 @@ class Running:
         self.queue = from_url(
             servers.queue,
             settings.namespace,
-            client_factory=lambda: self.client,
+            client_factory=lambda: self.engine.wire.client,
             partitions=settings.partitions,
             metrics=metrics,
         )
@@ -140,8 +141,7 @@ class Running:
             raise failures[0]
 
     async def _close_client(self) -> None:
-        await self.client.aclose()
-        await self.client.connection_pool.disconnect()
+        await close_client(self.client)
 
     async def reach(self, position: Position, level: str, key: str, batch: Answered | None) -> OperationRow | None:
         """Until the operation is as durable as ``level`` says. A row is answered where the ledger found that an earlier

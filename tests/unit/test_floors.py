@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 PART_OF = {
     "running": "inventory",  # its half that belongs to one event loop
     "servers": "inventory",
+    "redis_urls": "inventory",
     "stock.decorators": "stock.aspect",
     "stock.later": "stock.aspect",  # run="later"
     "stock.session": "stock.aspect",  # session=
