@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -186,8 +185,6 @@ class Stand:
         async with self.inventory:
             wrong = wrong + await self.inventory.ledger.verify()
             wrong += await against_redis(self.inventory, self._partitions(), books)
-        await asyncio.gather(*(worker.stop(PATIENCE) for worker in self.workers))
-        print(f"workers ended after {time.monotonic() - began:.1f} s")
         assert not wrong, f"seed {self.seed}, {len(wrong)} findings:\n" + "\n".join(wrong[:20]) + "\n" + self.logs()
         assert sum(count for name, count in report.counts.items() if name.endswith("acknowledged")) > 20, f"too few sales: {report}"
         return report
@@ -287,4 +284,3 @@ async def stand(redis: str, queue: str | None, database: str, folder: Path, name
                 for partition in range(PARTITIONS):
                     await direct.delete(partition)
                 await direct.close()
-            shutil.rmtree(folder, ignore_errors=True)
