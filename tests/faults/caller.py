@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import count
@@ -36,7 +37,7 @@ class Book:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def write(self, operation_id: str, said: str, **more: Any) -> None:
-        os.write(self._file, json.dumps({"id": operation_id, "said": said, **more}).encode() + b"\n")
+        os.write(self._file, json.dumps({"id": operation_id, "said": said, **more, "t": round(time.time(), 3)}).encode() + b"\n")
         os.fdatasync(self._file)
 
 
