@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from inventory_sdk.errors import DurabilityNotReached, InsufficientStock, InventoryError, OutcomeUnknown
-from inventory_sdk.ledger.protocol import Ledger, OperationRow
+from inventory_sdk.ledger.protocol import Ledger, LedgerUnavailable, OperationRow
 from inventory_sdk.metrics import Happened, Metrics
 from inventory_sdk.model import OpeningBalance, Position, Shortage, split_key
 from inventory_sdk.redis_urls import close_client
@@ -152,7 +152,12 @@ class Running:
             await self._confirmed(position, key, batch)
             return None
         await self.watermark.reached(position, LEDGER_TIMEOUT)
-        return await self._verdict(position, key) if level == "database" else None
+        if level != "database":
+            return None
+        try:
+            return await self._verdict(position, key)
+        except LedgerUnavailable as error:
+            raise DurabilityNotReached(level, position, position, None, f"applied, but its verdict is not known: {error}") from error
 
     async def _confirmed(self, position: Position, key: str, batch: Answered | None) -> None:
         publication = batch.confirmed if batch is not None else None

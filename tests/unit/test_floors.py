@@ -52,6 +52,7 @@ OUTSIDE = {
     "fakeredis": ("inventory", "testing", "stock", "cli"),
     "sqlalchemy": ("ledger", "sync", "inventory", "reconcile", "gray", "testing", "web", "stock.aspect", "weave", "cli"),
     "aio_pika": ("sync",),
+    "tenacity": ("sync", "stock"),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
     "pytest": ("testing",),
 }
