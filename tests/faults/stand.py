@@ -37,7 +37,7 @@ PATIENCE: Final = 60.0
 """Seconds that everything gets to come to rest."""
 SCARCE: Final = 400
 ACTS: Final = {"deduct": 5, "reserve": 3, "brief": 1, "restock": 0.5}
-LEVELS: Final = ("redis", "queue", "queue", "database")
+LEVELS: Final = ("redis", "queue", "queue", "queue", "queue", "database")
 
 
 @dataclass(frozen=True)
