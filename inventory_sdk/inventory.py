@@ -24,7 +24,7 @@ from inventory_sdk.stock.stock import Durability, Stock
 from inventory_sdk.sync.worker import Worker
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
+    from redis.asyncio import Redis, RedisCluster
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 MAX_PARTITIONS: Final = 4096
@@ -45,7 +45,7 @@ class Inventory(StockDecorators):
 
     def __init__(
         self,
-        redis: str | Redis,
+        redis: str | Redis | RedisCluster,
         *,
         queue: str | None = None,
         database: str | AsyncEngine | None = None,
@@ -201,7 +201,7 @@ class Inventory(StockDecorators):
     async def replaced(
         self,
         *,
-        redis: str | Redis = "memory://",
+        redis: str | Redis | RedisCluster = "memory://",
         database: str | AsyncEngine | None = None,
         queue: str | None = None,
         stock: Mapping[str, Mapping[str, int]] | None = None,

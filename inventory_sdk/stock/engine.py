@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from inventory_sdk import context
 from inventory_sdk.errors import Overloaded
@@ -20,8 +20,8 @@ from inventory_sdk.stock.batch import NOT_LOADED, PIN, Answer, Batcher, Publish,
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.loading import Loader
 from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.routed import scripts_on
 from inventory_sdk.stock.upkeep import Upkeep
-from inventory_sdk.stock.wire import Wire
 
 log = logging.getLogger("inventory_sdk.stock")
 
@@ -47,7 +47,7 @@ class Engine:
 
     def __init__(
         self,
-        client: Redis,
+        client: Redis | RedisCluster,
         ledger: Ledger,
         settings: StockSettings,
         metrics: Metrics,
@@ -61,7 +61,7 @@ class Engine:
         self.settings = settings
         self.metrics = metrics
         self.publish = publish
-        self.wire = Wire(client, settings.redis_timeout)
+        self.wire = scripts_on(client, settings.redis_timeout, metrics)
         self.partitions = tuple(Partition(number, settings.namespace, self.wire) for number in range(settings.partitions))
         self._batchers: dict[tuple[int, str], Batcher] = {}
         self._on_refused = on_refused

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from redis.asyncio import Redis
 from redis.exceptions import (
@@ -28,6 +28,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from inventory_sdk.errors import InventoryError, Overloaded
 
 REFUSED_UNEXECUTED: Final = (MovedError, AskError, TryAgainError, ReadOnlyError, ClusterDownError, BusyLoadingError)
+"""MASTERDOWN is a ``ClusterDownError``."""
+NO_REPLICAS: Final = "NOREPLICAS"
+"""Said at the first write where ``min-replicas-to-write`` is not met: all of our scripts check first, so nothing was written."""
 IDLE_BEFORE_PROBE: Final = 1.0
 """Seconds after which a kept connection is looked at before it is used: the server may have closed it."""
 
@@ -57,9 +60,30 @@ def script(name: str) -> Script:
     return Script(name)
 
 
-def _word(text: str) -> bytes:
-    data = text.encode()
+def _word(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
     return b"$%d\r\n%b\r\n" % (len(data), data)
+
+
+class Scripts(Protocol):
+    """Sends scripts to whoever has their keys. ``client`` is for plain commands; ``timeout`` seconds are one script's."""
+
+    @property
+    def client(self) -> Any: ...
+
+    @property
+    def timeout(self) -> float: ...
+
+    @property
+    def made(self) -> int:
+        """Connections that were made so far: each may have met another server than the last."""
+        ...
+
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
+        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 class Wire:
@@ -69,12 +93,14 @@ class Wire:
     def __init__(self, client: Redis, timeout: float) -> None:
         self.client = client
         self.timeout = timeout
+        self.made = 0
         self._idle: list[tuple[Any, float]] = []
         self._busy: set[Any] = set()
         self._heads: dict[tuple[str, str, int], bytes] = {}
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str]) -> Any:
-        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], *, asking: bool = False) -> Any:
+        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``.
+        ``asking``: the server doesn't own the slot yet, and serves one command behind an ``ASKING``."""
         text = script(name)
         command = self._packed(name, text.digest, keys, arguments)
         connection = await self._connection()
@@ -83,9 +109,13 @@ class Wire:
         try:
             async with asyncio.timeout(self.timeout):
                 try:
+                    if asking:
+                        await _ask(connection)
                     await connection.send_packed_command(command, False)
                     reply = await connection.read_response()
                 except NoScriptError:
+                    if asking:
+                        await _ask(connection)  # it was good for one command
                     await connection.send_command("EVAL", text.text, len(keys), *keys, *arguments)
                     reply = await connection.read_response()
             done = True
@@ -99,8 +129,10 @@ class Wire:
             asyncio.IncompleteReadError,
         ) as error:  # OSError: also TimeoutError
             raise ReplyLost(f"no answer from Redis to {name}: {error!r}") from error
-        except ResponseError:
+        except ResponseError as error:
             done = True
+            if str(error).startswith(NO_REPLICAS):
+                raise NotExecuted(f"Redis did not execute {name}: {error}") from error
             raise
         finally:
             self._busy.discard(connection)
@@ -109,7 +141,7 @@ class Wire:
             else:
                 await connection.disconnect(nowait=True)
 
-    def _packed(self, name: str, digest: str, keys: Sequence[str], arguments: Sequence[str]) -> bytes:
+    def _packed(self, name: str, digest: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> bytes:
         """EVALSHA on the wire. All but the arguments is the same for every call of a script on a partition."""
         head = self._heads.get((name, keys[0], len(arguments)))
         if head is None:
@@ -142,6 +174,7 @@ class Wire:
             raise
         # With a time-out of its own, redis-py sends in a task of its own: later than all who are ready to run.
         connection.socket_timeout = None
+        self.made += 1
         return connection
 
     async def close(self) -> None:
@@ -150,3 +183,8 @@ class Wire:
         self._idle.clear()
         for connection in connections:
             await connection.disconnect(nowait=True)
+
+
+async def _ask(connection: Any) -> None:
+    await connection.send_command("ASKING")
+    await connection.read_response()

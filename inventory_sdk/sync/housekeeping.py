@@ -53,6 +53,8 @@ class Housekeeping:
         await parts.stock_side.trim(self._partition, row.epoch, row.applied)
         await self.expire()
         await parts.stock_side.rotate(self._partition)
+        while not parts.stopping.is_set() and await parts.stock_side.restore_older(self._partition, row.epoch, parts.ledger):
+            pass  # what a rebuild has left: a lone chunk a second would take hours
         if time.monotonic() >= self._stale_at:
             await self._report_stale(state.now_ms)
             self._stale_at = time.monotonic() + STALE_PERIOD

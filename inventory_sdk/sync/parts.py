@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from inventory_sdk.ledger.protocol import Ledger, LedgerUnavailable, WritesStock
 from inventory_sdk.metrics import Happened, Metrics, Retried
 from inventory_sdk.sync.backoff import Backoff
+from inventory_sdk.sync.publish import PUBLISH_TIMEOUT
 from inventory_sdk.sync.queues.protocol import Queue
 from inventory_sdk.sync.stock_side import StockSide
 
@@ -39,6 +40,7 @@ class Parts:
     writes_stock: Sequence[WritesStock] = ()
     first_delay: float = 0.05
     longest_delay: float = 5.0
+    publish_timeout: float = PUBLISH_TIMEOUT
 
     def backoff(self) -> Backoff:
         """A fresh one with this worker's delays."""

@@ -21,6 +21,7 @@ from inventory_sdk.sync.follower import IDLE, REBIND, TAKE_OVER, Follower
 from inventory_sdk.sync.housekeeping import PERIOD, STALE_AGE, Housekeeping
 from inventory_sdk.sync.notices import Notices, OnEvent, no_handler
 from inventory_sdk.sync.parts import Parts, log
+from inventory_sdk.sync.publish import PUBLISH_TIMEOUT
 from inventory_sdk.sync.queues.protocol import Queue
 from inventory_sdk.sync.stock_side import Expired, JournalState, StockSide
 from inventory_sdk.sync.tasks import ATTEMPTS, CONCURRENCY, FIRST_RETRY, LAST_RETRY, TaskRegistry, TaskRunner
@@ -39,8 +40,9 @@ class Worker:
     """Runs in one event loop, several partitions at once; other workers may run on the same partitions. Times are in seconds.
 
     ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``,
-    ``recovered``, ``lost``, ``unreadable`` and ``writes_stock_failed``. ``on_applied`` hears of every new watermark at once.
-    A task of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
+    ``recovered``, ``lost``, ``fork``, ``late_entry``, ``unreadable`` and ``writes_stock_failed``. ``publish_timeout``
+    is what callers give a message: a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at
+    once. A task of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Worker:
         last_task_retry: float = LAST_RETRY,
         first_delay: float = 0.05,
         longest_delay: float = 5.0,
+        publish_timeout: float = PUBLISH_TIMEOUT,
     ) -> None:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self.failure: BaseException | None = None
@@ -96,6 +99,7 @@ class Worker:
             writes_stock=tuple(writes_stock),
             first_delay=first_delay,
             longest_delay=longest_delay,
+            publish_timeout=publish_timeout,
         )
         self._runner = (
             TaskRunner(

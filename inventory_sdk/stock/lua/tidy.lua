@@ -8,7 +8,7 @@
 
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local meta = redis.call('HMGET', KEYS[1], 'epoch', 'window', 'rotated')
+local meta = redis.call('HMGET', KEYS[1], 'epoch', 'window', 'rotated', 'applied')
 if meta[1] ~= ARGV[1] then return {0, 0} end
 -- Entries of an epoch follow each other without gaps and carry Redis' time in their body: search for the youngest old enough.
 local upto, keep = tonumber(ARGV[4]), now - tonumber(ARGV[5])
@@ -41,6 +41,8 @@ if first[1] then
   end
   if last then trimmed = redis.call('XTRIM', KEYS[4], 'MINID', meta[1] .. '-' .. string.format('%.0f', last + 1)) end
 end
+-- Kept for a ledger that goes back: it may forget what it has applied, this must not.
+if upto > tonumber(meta[4] or '0') then redis.call('HSET', KEYS[1], 'applied', ARGV[4]) end
 local turned = 0
 local current, previous, other = KEYS[2], KEYS[3], '1'
 if meta[2] == '1' then current, previous, other = KEYS[3], KEYS[2], '0' end
