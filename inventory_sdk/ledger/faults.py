@@ -65,6 +65,9 @@ def reason_of(error: BaseException) -> str | None:
 
 
 def _of_driver(error: BaseException) -> str | None:
+    if error.args and type(error.args[0]) is int:
+        # Before the SQLSTATE: MariaDB gives a deadlock that of a serialization failure, and most others one that says nothing.
+        return _NUMBERS.get(error.args[0])
     state = getattr(error, "sqlstate", None)
     if isinstance(state, str):
         return _STATES.get(state) or _CLASSES.get(state[:2])
@@ -73,8 +76,6 @@ def _of_driver(error: BaseException) -> str | None:
         return "locked"
     if name.startswith(("SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN")):
         return "disk_full" if name == "SQLITE_FULL" else "disconnected"
-    if error.args and type(error.args[0]) is int:
-        return _NUMBERS.get(error.args[0])
     return None
 
 

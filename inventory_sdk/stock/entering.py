@@ -110,12 +110,10 @@ async def _commit(engine: Engine, partition: Partition, entering: Entering) -> E
         reraise=True,
     )
     try:
-        async for attempt in again:
-            with attempt:
-                (entered,) = await engine.ledger.enter(partition.number, int(partition.epoch), [entering], engine.writes_stock)
+        entered: list[Entered] = await again(engine.ledger.enter, partition.number, int(partition.epoch), [entering], engine.writes_stock)
     except LedgerUnavailable as error:
         raise OutcomeUnknown(split_key(entering.key)[1], str(error)) from error
-    return entered
+    return entered[0]
 
 
 async def _credited(engine: Engine, partition: Partition, credit: Credit, fields: Sequence[str]) -> list[Any]:

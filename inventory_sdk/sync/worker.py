@@ -17,7 +17,7 @@ from inventory_sdk.model import Position
 from inventory_sdk.sync.announcing import Announcer
 from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
 from inventory_sdk.sync.corrections import CREDIT_GRACE, Corrections
-from inventory_sdk.sync.follower import IDLE, TAKE_OVER, Follower
+from inventory_sdk.sync.follower import IDLE, REBIND, TAKE_OVER, Follower
 from inventory_sdk.sync.housekeeping import PERIOD, STALE_AGE, Housekeeping
 from inventory_sdk.sync.notices import Notices, OnEvent, no_handler
 from inventory_sdk.sync.parts import Parts, log
@@ -62,6 +62,7 @@ class Worker:
         idle: float = IDLE,
         heartbeat: float = HEARTBEAT,
         take_over: float = TAKE_OVER,
+        rebind: float = REBIND,
         housekeeping: float = PERIOD,
         stale_age: float = STALE_AGE,
         credit_grace: float = CREDIT_GRACE,
@@ -120,7 +121,7 @@ class Worker:
             announcer = Announcer(parts, partition)
             self._announcers.append(announcer)
             applier = Applier(parts, partition, on_applied, tasks_due, corrections_due, announcer, max_operations)
-            follower = Follower(parts, partition, applier, signed, idle=idle, take_over=take_over)
+            follower = Follower(parts, partition, applier, signed, idle=idle, take_over=take_over, rebind=rebind)
             corrections = Corrections(parts, partition, corrections_due, grace=credit_grace)
             keeper = Housekeeping(parts, partition, period=housekeeping, stale_age=stale_age)
             self._rooms.append((partition, follower, corrections, keeper, signed))

@@ -27,7 +27,7 @@ from tests.faults.auditor import Books, Report, against_redis, audit, read_books
 from tests.faults.proxy import Proxy
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-SECONDS: Final = float(os.environ.get("INVENTORY_TEST_FAULT_SECONDS", "2"))
+SECONDS: Final = float(os.environ.get("INVENTORY_TEST_FAULT_SECONDS", "1.5"))
 """How long each test goes on breaking things."""
 SEED: Final = os.environ.get("INVENTORY_TEST_FAULT_SEED")
 """Replays a schedule; none: a new one each time."""
@@ -37,7 +37,7 @@ PATIENCE: Final = 60.0
 """Seconds that everything gets to come to rest."""
 SCARCE: Final = 400
 ACTS: Final = {"deduct": 5, "reserve": 3, "brief": 1, "restock": 0.5}
-LEVELS: Final = ("redis", "queue", "queue", "database")
+LEVELS: Final = ("redis", "queue", "queue", "queue", "queue", "database")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Stand:
             await asyncio.sleep(max(0.0, began + step.at - time.monotonic()))
             await faults[step.fault](self, step)
             self.done.append(step.fault)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.3)
 
     async def settled(self, loses: Sequence[str] = ()) -> Report:
         """Stop selling, let the ledger catch up, and count. ``loses`` as in ``auditor.audit``. Raises what is wrong."""

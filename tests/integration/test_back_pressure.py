@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from redis.exceptions import OutOfMemoryError
 
 from inventory_sdk import Inventory, Line
 from inventory_sdk.errors import JournalFull, StockFrozen
 from inventory_sdk.model import key_of
 from tests.servers_kit import RedisServer, redis_server
+from tests.stock_kit import shop_on
 
 pytestmark = pytest.mark.redis
 UNITS = 1_000_000
@@ -119,3 +121,19 @@ async def test_a_redis_without_memory_refuses_moves_nothing_and_gets_out_of_it_b
             while (await inventory.stock.level("a")).reserved:
                 await asyncio.sleep(0.02)
             await counted(inventory, sold + 1)
+
+
+async def test_a_worker_on_a_full_redis_still_gives_signs_of_life(namespace: str) -> None:
+    with redis_server() as server:
+        async with shop_on(server.url, namespace, {"a": 5}) as stocked:
+            upkeep = stocked.engine.upkeep
+            await upkeep.heartbeat(0, "w")
+            await stocked.client.pexpire(stocked.key("worker"), 2000)
+            await stocked.client.config_set("maxmemory", "1mb")
+            await upkeep.heartbeat(0, "w")
+            seen = await upkeep.worker_seen(0)
+            assert seen is not None
+            assert seen < 5
+            await stocked.client.delete(stocked.key("worker"))
+            with pytest.raises(OutOfMemoryError):  # one that was silent is not brought back to life
+                await upkeep.heartbeat(0, "w")

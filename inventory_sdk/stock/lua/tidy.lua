@@ -42,7 +42,7 @@ if first[1] then
   if last then trimmed = redis.call('XTRIM', KEYS[4], 'MINID', meta[1] .. '-' .. string.format('%.0f', last + 1)) end
 end
 -- Kept for a ledger that goes back: it may forget what it has applied, this must not.
-if tonumber(ARGV[4]) > tonumber(meta[4] or '0') then redis.call('HSET', KEYS[1], 'applied', ARGV[4]) end
+if upto > tonumber(meta[4] or '0') then redis.call('HSET', KEYS[1], 'applied', ARGV[4]) end
 local turned = 0
 local current, previous, other = KEYS[2], KEYS[3], '1'
 if meta[2] == '1' then current, previous, other = KEYS[3], KEYS[2], '0' end
