@@ -96,8 +96,17 @@ class Running:
             await open_first(self.engine.upkeep, self.ledger, self.queue, partition)
         self.open = True
         if self._servers.embedded:
-            self._worker = self.make_worker()
-            await self._worker.start()
+            await self.embed_worker()
+
+    @property
+    def embedded_worker(self) -> Worker | None:
+        """The worker that runs inside; None where it runs elsewhere."""
+        return self._worker
+
+    async def embed_worker(self) -> None:
+        """Start a worker inside; ``close`` stops it."""
+        self._worker = self.make_worker()
+        await self._worker.start()
 
     def make_worker(self, **options: Any) -> Worker:
         """A worker over all partitions, on this loop's connections."""

@@ -6,7 +6,6 @@ While one call is in flight the next batch gathers; there is no timer, so an idl
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
 
+from pydantic_core import from_json, to_json
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from inventory_sdk.errors import InventoryError, JournalFull, OutcomeUnknown, Overloaded, StockFrozen
@@ -54,7 +54,6 @@ _REASONS: Final = {
     ASK_LEDGER: "forgotten",
 }
 
-_dumps: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
 _PROCESS: Final = secrets.token_hex(4)
 _NUMBERS: Final = count()
 
@@ -122,6 +121,7 @@ class Batcher:
         self._on_refused = on_refused
         self._waiting: deque[_Waiting] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._unrecorded: list[BatchSent] = []
         self._loop = asyncio.get_running_loop()
 
     def submit(self, operation: list[Any], orphaned: Callable[[Answer], None] | None = None) -> asyncio.Future[Answer]:
@@ -150,6 +150,7 @@ class Batcher:
         """Waits for what is under way: an operation that was sent gets its answer."""
         while self._task is not None:
             await asyncio.wait([self._task])
+        self._record()
 
     async def _run(self) -> None:
         batch: list[_Waiting] = []
@@ -173,6 +174,8 @@ class Batcher:
             log.exception("batch %s/%s stopped", self.partition.number, self.lane)
         finally:
             self._task = None
+            if self._unrecorded:
+                self._loop.call_soon(self._record_if_idle)
 
     def _cut(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -252,8 +255,10 @@ class Batcher:
     async def _call(self, batch: list[_Waiting], sent: _Sent, started: float) -> bytes:
         """One script call; its status. ``ok``: the callers have their answers; anything else: nothing was executed."""
         partition = self.partition
-        operations = _dumps([item.operation for item in batch])
+        operations = to_json([item.operation for item in batch])
         want_body = "1" if self._publish is not None else "0"
+        if self._unrecorded:
+            self._loop.call_soon(self._record)  # runs while Redis works on this one
         arguments = (sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations)
         reply = await partition.wire.run("batch", partition.keys, arguments)
         status: bytes
@@ -263,7 +268,7 @@ class Batcher:
             partition.forget()
             return status
         sequence = int(last)
-        decoded = json.loads(answers)
+        decoded = from_json(answers)
         # What was heard before the script was sent must be there, and an entry of its own must be behind it.
         if sequence <= sent.after and (sequence < sent.after or any(answer[0] <= DONE for answer in decoded)):
             partition.doubt("went_back")
@@ -367,8 +372,18 @@ class Batcher:
                 item.future.set_result((answer, answered))
             elif item.orphaned is not None:
                 item.orphaned((answer, answered))
-        self._metrics.record(BatchSent(self.partition.number, self.lane, len(batch), accepted, refused, replayed, seconds))
+        self._unrecorded.append(BatchSent(self.partition.number, self.lane, len(batch), accepted, refused, replayed, seconds))
         return bool(accepted)
+
+    def _record_if_idle(self) -> None:
+        if self._task is None:
+            self._record()
+
+    def _record(self) -> None:
+        """Metrics are counted when nobody waits for it: while Redis works on the next batch, or when there is none."""
+        events, self._unrecorded = self._unrecorded, []
+        for event in events:
+            self._metrics.record(event)
 
     def _fail(self, batch: list[_Waiting], error: Exception | None, cause: Exception | None = None, reason: str = "") -> None:
         for item in batch:

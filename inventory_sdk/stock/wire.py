@@ -57,8 +57,8 @@ def script(name: str) -> Script:
     return Script(name)
 
 
-def _word(text: str) -> bytes:
-    data = text.encode()
+def _word(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
     return b"$%d\r\n%b\r\n" % (len(data), data)
 
 
@@ -75,7 +75,7 @@ class Wire:
         self._busy: set[Any] = set()
         self._heads: dict[tuple[str, str, int], bytes] = {}
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str]) -> Any:
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
         """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
         text = script(name)
         command = self._packed(name, text.digest, keys, arguments)
@@ -111,7 +111,7 @@ class Wire:
             else:
                 await connection.disconnect(nowait=True)
 
-    def _packed(self, name: str, digest: str, keys: Sequence[str], arguments: Sequence[str]) -> bytes:
+    def _packed(self, name: str, digest: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> bytes:
         """EVALSHA on the wire. All but the arguments is the same for every call of a script on a partition."""
         head = self._heads.get((name, keys[0], len(arguments)))
         if head is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 from importlib import resources
+from typing import Any
 
 import pytest
 
-from inventory_sdk.model import Kind, partition_of
+from inventory_sdk.model import Kind, fingerprint, key_of, partition_of
 from inventory_sdk.stock import batch
 from inventory_sdk.stock.partition import KEY_NAMES
-from tests.stock_kit import Shop, lines, shop_on
+from tests.stock_kit import MERCHANT, SERVERS, Shop, lines, shop_on
 
 SCRIPTS = sorted(path.name for path in resources.files("inventory_sdk.stock").joinpath("lua").iterdir() if path.name.endswith(".lua"))
 KEYLESS = {"TIME", "INFO"}
@@ -114,3 +117,35 @@ async def script_flushed(shop: Shop) -> None:
     await shop.client.script_flush()
     assert not (await shop.stock.deduct(lines(a=1))).replayed
     assert await shop.counters("a") == (3, 0)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_sale_alone_in_its_batch_does_what_it_does_in_company(server: str, namespace: str) -> None:
+    seed = int(os.environ.get("INVENTORY_TEST_SEED", "0")) or random.SystemRandom().getrandbits(32)
+    print(f"INVENTORY_TEST_SEED={seed}")  # noqa: T201 - shown with a failure
+    dice = random.Random(seed)
+    company: list[Any] = ["extend", key_of(MERCHANT, "x"), "", [], "", key_of(MERCHANT, "nobody"), 1000, "", "", ""]
+    stocked = {"a": 400, "b": 3, "none": 0, "frozen": 400}
+    async with shop_on(server, f"{namespace}a", stocked) as alone, shop_on(server, f"{namespace}b", stocked) as together:
+        for number in range(120):
+            if number == 100:
+                for shop in (alone, together):
+                    await shop.client.hset(shop.key("frozen"), key_of(MERCHANT, "frozen"), "1-1")
+            if number == 50:
+                for shop in (alone, together):
+                    await shop.client.hset(shop.key("meta"), "window", "1")
+            flat = [key_of(MERCHANT, dice.choice(["a", "a", "a", "b", "none", "frozen", "frozen", "unloaded"])), dice.randint(1, 2)]
+            key = key_of(MERCHANT, f"o{dice.randrange(90) if number < 100 else number}")
+            order, extra = dice.choice(["", "order 7"]), dice.choice(["", '{"reason":"gift"}'])
+            operation = ["deduct", key, fingerprint(Kind.DEDUCT, "", flat), flat, order, "", 0, extra, "", ""]
+            answer = await alone.run([*operation[:3], list(flat), *operation[4:]])
+            beside = await together.run(operation, company)
+            assert answer[0] == beside[0], operation
+            assert beside[1] == [batch.NOT_FOUND]
+        assert _untimed(await alone.snapshot()) == _untimed(await together.snapshot())
+
+
+def _untimed(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """Without what differs between two partitions that did the same: the name, the nonces, the time of day."""
+    text = {key.partition("}")[2]: repr(value) for key, value in snapshot.items()}
+    return {key: re.sub(r'"n":"\w+","t":\d+|b\'rotated\': b\'\d+\'', "", value) for key, value in text.items()}
