@@ -171,7 +171,10 @@ class Running:
         try:
             await publication
         except Unroutable as error:
-            if await self._open_at(position):
+            epoch = await self._open_epoch(position.partition)
+            if batch is None and epoch is not None and epoch > position.epoch:
+                return  # a replay across a recovery: what Redis remembers of an earlier epoch, it has from the ledger
+            if epoch == position.epoch:
                 # A broker that was emptied: the worker binds the epoch again and reads the entry from the journal.
                 raise DurabilityNotReached("queue", position, None, None, f"{error}; it stands in Redis") from error
             why = f"epoch {position.epoch} of partition {position.partition} was ended before RabbitMQ confirmed it"
@@ -179,12 +182,13 @@ class Running:
         except PublishFailed as error:
             raise DurabilityNotReached("queue", position, None, None, str(error)) from error
 
-    async def _open_at(self, position: Position) -> bool:
+    async def _open_epoch(self, partition: int) -> int | None:
+        """The epoch that Redis sells in now; None while it doesn't, or does not answer."""
         try:
-            hello = await self.engine.partitions[position.partition].hello()
+            hello = await self.engine.partitions[partition].hello()
         except (NotExecuted, ReplyLost):
-            return False
-        return (hello.epoch, hello.state, hello.run_id_kept) == (position.epoch, "open", True)
+            return None
+        return hello.epoch if hello.state == "open" and hello.run_id_kept else None
 
     async def _verdict(self, position: Position, key: str) -> OperationRow | None:
         task = self._verdicts.get(position)

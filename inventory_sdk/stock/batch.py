@@ -236,10 +236,10 @@ class Batcher:
                     return
                 if status == b"went_back":
                     self._on_refused(partition.number, "went_back")
-                    why = f"Redis went back in time below {sent.epoch}-{sent.after}; the partition is being recovered"
-                    self._fail(batch, None, reason=why)
                     with suppress(NotExecuted, ReplyLost):  # told before the next batch at the latest
                         await partition.report()
+                    why = f"Redis went back in time below {sent.epoch}-{sent.after}; the partition is being recovered"
+                    self._fail(batch, None, reason=why)
                     return
                 if status in (b"missing", b"run_id"):
                     self._on_refused(partition.number, status.decode())
@@ -274,7 +274,10 @@ class Batcher:
             partition.doubt("went_back")
             return b"went_back"
         partition.heard(int(now), in_epoch.decode(), sequence)
-        if self._deliver(batch, decoded, int(in_epoch), sequence, body, time.perf_counter() - started):
+        # One that is to be compared first is kept for that.
+        if self._deliver(batch, decoded, int(in_epoch), sequence, body, time.perf_counter() - started) and (
+            partition.checked == partition.wire.made or partition.own is None
+        ):
             partition.own = (sent.epoch, sequence, sent.nonce)
         return status
 
