@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen, UnknownStock
+from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConflict, OutcomeUnknown, StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import Credit, Entering, EpochClosed
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
 from inventory_sdk.stock import reading
@@ -81,7 +81,7 @@ async def enter(
         return Done(entered.position, entered.remaining, entered.replayed)
     try:
         answer = await _credited(engine, partition, entered.credit, flat[::2])
-    except (Overloaded, OutcomeUnknown) as error:
+    except InventoryError as error:  # whatever kept the credit away, the transaction stands
         raise OutcomeUnknown(split_key(key)[1], f"it is in the ledger, its credit is pending: {error}") from error
     if answer[0] == REPLAY:
         return Done(entered.position, read_result(answer[1]).remaining, entered.replayed)
