@@ -13,6 +13,7 @@ from inventory_sdk.errors import InventoryError, StockFrozen
 from inventory_sdk.ledger.protocol import Credit, EpochClosed, Rebuilding, Void
 from inventory_sdk.model import fingerprint, key_of, split_key
 from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
+from inventory_sdk.stock.givers import sweep
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import RS, write_reservation, write_result
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
@@ -161,8 +162,9 @@ class Upkeep:
         return answer
 
     async def trim(self, partition: int, epoch: int, upto_sequence: int) -> None:
-        """Entries up to this one are applied; those older than ten minutes go."""
+        """Entries up to this one are applied: they are no ``givers`` any more, and those older than ten minutes go."""
         await self._tidy(partition, epoch, upto_sequence)
+        await sweep(self._partition(partition), epoch, upto_sequence)
 
     async def rotate(self, partition: int) -> None:
         """Start a new results window where the current one is full or old."""
