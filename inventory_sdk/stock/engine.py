@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from inventory_sdk.stock.batch import NOT_LOADED, PIN, Answer, Batcher, Publish,
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.loading import Loader
 from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.share import SharingBatcher
 from inventory_sdk.stock.upkeep import Upkeep
 from inventory_sdk.stock.wire import Wire
 
@@ -39,6 +40,8 @@ class StockSettings:
     journal_cap: int = 1_000_000
     results_window: float = 86_400.0
     results_most: int = 20_000_000
+    connections: Mapping[str, int] = field(default_factory=dict)
+    """Script calls that a lane may have under way at once, over all partitions; a lane that is not there: one per partition."""
 
 
 class Engine:
@@ -63,6 +66,7 @@ class Engine:
         self.wire = Wire(client, settings.redis_timeout)
         self.partitions = tuple(Partition(number, settings.namespace, self.wire) for number in range(settings.partitions))
         self._batchers: dict[tuple[int, str], Batcher] = {}
+        self._shares = {lane: asyncio.Semaphore(most) for lane, most in settings.connections.items()}
         self._on_refused = on_refused
         self._background: set[asyncio.Task[Any]] = set()
         self.loader = Loader(ledger, partial(opener, self) if opener is not None else None)
@@ -83,7 +87,9 @@ class Engine:
         key = (partition.number, lane)
         batcher = self._batchers.get(key)
         if batcher is None:
-            batcher = Batcher(partition, lane, self.metrics, self.publish, self.settings.journal_cap, self._on_refused)
+            settings = (partition, lane, self.metrics, self.publish, self.settings.journal_cap, self._on_refused)
+            share = self._shares.get(lane)
+            batcher = Batcher(*settings) if share is None else SharingBatcher(share, *settings)
             self._batchers[key] = batcher
         return batcher
 
