@@ -24,6 +24,7 @@ from inventory_sdk.errors import (
 from inventory_sdk.inventory import Inventory
 from inventory_sdk.model import Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
 from inventory_sdk.weave import injected
+from inventory_sdk.web.middleware import InventoryMiddleware
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidOperation",
     "Inventory",
     "InventoryError",
+    "InventoryMiddleware",
     "JournalFull",
     "Lane",
     "LaneFull",

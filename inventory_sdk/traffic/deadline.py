@@ -150,6 +150,8 @@ class Deadline:
         parent = context.living()
         if parent is not None and parent.at <= now:
             raise DeadlineExceeded(f"the time for this call was up {now - parent.at:.3f} s before it began")
+        if self._seconds <= 0:
+            raise DeadlineExceeded("the time for this call was up before it began")
         scope = self._scope = Timed(now, self._seconds, parent)
         if self.serves is not None:
             scope.serves = self.serves
