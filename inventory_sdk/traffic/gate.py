@@ -86,6 +86,7 @@ class Gate:
         self._most = lane.max_concurrency
         self._timeout = lane.timeout
         self._progress = 0.0
+        self._promised = 0.0
         self._line: OrderedDict[Pass, None] = OrderedDict()
         self._line_timer: asyncio.TimerHandle | None = None
         self._watch = Watch()
@@ -259,8 +260,12 @@ class Gate:
         return max(flowing, (ahead // slots + 1) * silence)
 
     def _full(self, why: str, predicted: float) -> LaneFull:
-        slots = max(1, self._most - self.lent)
-        retry_after = max(predicted - self.lane.max_wait, self.service / slots, 0.001)
+        # Slots come free one after the other, so those who are refused together are told to come back one after the other, at
+        # the latest when the whole line has had its turn.
+        now = time.monotonic()
+        pace = max(self.service / max(1, self._most - self.lent), 0.001)
+        self._promised = min(max(self._promised, now) + pace, now + max(predicted, pace))
+        retry_after = max(predicted - self.lane.max_wait, self._promised - now)
         return LaneFull(f"lane {self.name!r} is full, {self.used} calls run: {why}", round(retry_after, 3))
 
     def _give_up(self) -> None:

@@ -105,6 +105,22 @@ async def test_a_call_whose_predicted_wait_is_too_long_is_refused_without_waitin
     await asyncio.gather(*tasks)
 
 
+async def test_callers_refused_together_are_told_to_come_back_one_after_the_other() -> None:
+    lanes = lanes_of(core=Lane(max_concurrency=2, max_queue=2, **PATIENT))
+    busy = Busy(lanes)
+    tasks = [busy.call(number) for number in range(4)]
+    await turns()
+    lanes.gate("core").service = 2.0  # a slot every second, the line is through in three
+    told = []
+    for _ in range(5):
+        with pytest.raises(LaneFull) as refused:
+            await lanes.enter("core").__aenter__()
+        told.append(round(refused.value.retry_after, 1))
+    assert told == [1.0, 2.0, 3.0, 3.0, 3.0]
+    busy.end(*range(4))
+    await asyncio.gather(*tasks)
+
+
 async def test_slots_that_do_not_come_back_any_more_refuse_newcomers_whatever_was_measured_before() -> None:
     lanes = lanes_of(core=Lane(max_concurrency=1, max_wait=0.5, timeout=60))
     busy = Busy(lanes)
