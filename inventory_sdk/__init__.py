@@ -9,6 +9,7 @@ from inventory_sdk.errors import (
     InventoryError,
     JournalFull,
     LaneFull,
+    LaneNotServed,
     NotStarted,
     OperationConflict,
     OutcomeUnknown,
@@ -23,6 +24,7 @@ from inventory_sdk.errors import (
 from inventory_sdk.inventory import Inventory
 from inventory_sdk.model import Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
 from inventory_sdk.weave import injected
+from inventory_sdk.web.middleware import InventoryMiddleware
 
 __version__ = "0.1.0"
 
@@ -34,9 +36,11 @@ __all__ = [
     "InvalidOperation",
     "Inventory",
     "InventoryError",
+    "InventoryMiddleware",
     "JournalFull",
     "Lane",
     "LaneFull",
+    "LaneNotServed",
     "Line",
     "Movement",
     "NotStarted",

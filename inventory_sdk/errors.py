@@ -15,6 +15,7 @@
     │   ├── HotspotLimited
     │   └── JournalFull
     │       └── StockFrozen
+    ├── LaneNotServed                            this process does not serve that lane; nothing moved
     ├── DeadlineExceeded                         the time given to the call ran out
     ├── DurabilityNotReached                     it stands, but not as safely as asked
     └── NotStarted                               use before ``start()`` / ``async with``
@@ -155,8 +156,20 @@ class StockFrozen(JournalFull):
     """The partition (or this SKU) is being recovered; it comes back by itself, or after ``stock.reopen()`` for one SKU."""
 
 
+class LaneNotServed(InventoryError):
+    """This process serves other lanes only; ``served`` names them, ``pointer`` is where this one is served, if that is known."""
+
+    def __init__(self, lane: str, served: Sequence[str], pointer: str | None = None) -> None:
+        where = f"; it is served at {pointer}" if pointer is not None else ""
+        super().__init__(f"lane {lane!r} is not served here, only {', '.join(map(repr, served)) or 'none'} is{where}")
+        self.lane = lane
+        self.served = tuple(served)
+        self.pointer = pointer
+
+
 class DeadlineExceeded(InventoryError):
-    """The time that the caller, or its lane, gave to this call ran out."""
+    """The time that the caller, or its lane, gave to this call ran out. What it had sent under an id of its own may stand: ask
+    ``status()``, or repeat it with the same id."""
 
 
 class DurabilityNotReached(InventoryError):

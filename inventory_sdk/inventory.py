@@ -15,13 +15,17 @@ from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Fanout, Metrics
 from inventory_sdk.model import Lane, Line, Position, Receipt, check_text
 from inventory_sdk.running import LEDGER_TIMEOUT, Running
+from inventory_sdk.selectors import Selector
 from inventory_sdk.servers import servers_for
 from inventory_sdk.stock.acts import LEVELS
 from inventory_sdk.stock.batch import Answered
-from inventory_sdk.stock.decorators import StockDecorators
+from inventory_sdk.stock.decorators import Now, StockDecorators
 from inventory_sdk.stock.engine import Engine, StockSettings
 from inventory_sdk.stock.stock import Durability, Stock
 from inventory_sdk.sync.worker import Worker
+from inventory_sdk.traffic.aspect import LaneAspect
+from inventory_sdk.traffic.lanes import Lanes
+from inventory_sdk.weave import weave
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis, RedisCluster
@@ -38,9 +42,9 @@ class Inventory(StockDecorators):
     None: the journal in Redis is the queue. ``database``: a SQLAlchemy URL with an async driver, or an AsyncEngine. ``merchant``:
     for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` is
     kept in the ledger and must be the same in every process. ``durability``: for calls that name none; None: ``"queue"`` where
-    one is configured, else ``"redis"``. ``replicas``: how many copies ``"replica"`` waits for. ``metrics``: sinks; None: Prometheus'
-    default registry. ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with
-    ``JournalFull`` until the worker has caught up.
+    one is configured, else ``"redis"``. ``replicas``: how many copies ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and
+    ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus' default registry. ``journal_cap``: entries of a partition's
+    journal, each a batch of operations, at which takes are refused with ``JournalFull`` until the worker has caught up.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -79,6 +83,9 @@ class Inventory(StockDecorators):
         if type(replicas) is not int or not 1 <= replicas <= MAX_REPLICAS:
             raise InvalidOperation("replicas", replicas, f"must be a whole number from 1 to {MAX_REPLICAS}")
         self._servers = servers_for(redis, queue, database)
+        self._metrics = _sink(metrics)
+        declared = lanes if lanes is not None else {"core": Lane(), "batch": Lane(max_concurrency=4)}
+        self.lanes = Lanes(declared, self._metrics)
         self._settings = StockSettings(
             namespace=namespace,
             partitions=partitions,
@@ -86,14 +93,11 @@ class Inventory(StockDecorators):
             results_window=results_window,
             journal_cap=journal_cap,
             replicas=replicas,
+            connections=self.lanes.connections(),
         )
         self._prefix = table_prefix
         self._merchant = merchant
         self._durability: str | None = durability
-        self._metrics = _sink(metrics)
-        self.lanes: dict[str, Lane] = dict(lanes) if lanes is not None else {"core": Lane(), "batch": Lane(max_concurrency=4)}
-        if "core" in self.lanes:
-            self.hold_ttl = self.lanes["core"].timeout + 60.0
         self._ledger_part = self._servers.make_ledger(table_prefix)
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
@@ -159,6 +163,7 @@ class Inventory(StockDecorators):
                 await self._afterwards.drain()
                 await running.close()
             finally:
+                self.lanes.flush()
                 del self._here[loop], self._uses[loop]
         if running.failure is not None:
             raise InventoryError(f"a background task of the inventory died: {running.failure!r}") from running.failure
@@ -229,6 +234,19 @@ class Inventory(StockDecorators):
                 yield self
         finally:
             self._servers, self._ledger_part, self._here, self._uses = kept
+
+    def lane(self, name: str, *, lines: Selector | None = None) -> Now:
+        """The function runs in a lane: in one of its slots, within its timeout, refused at the door when it is too full.
+
+        ``lines`` is a selector of what makes the timeout longer (``timeout_per_line``): a collection or a number; without it the
+        lines of the function's stock decorator do. Raises ``LaneFull``, ``LaneNotServed``, ``DeadlineExceeded``.
+        """
+        aspect = LaneAspect(self, self.lanes.declared(name), lines)
+
+        def decorate(function: Any) -> Any:
+            return weave(function, aspect)
+
+        return decorate
 
     # The parts, as they are now --------------------------------------------------------------------------------------------------
 

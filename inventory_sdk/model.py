@@ -7,6 +7,7 @@ Control characters are refused in everything a user names, so ``\\x1f`` separate
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,8 @@ MAX_BALANCE: Final = 10**13
 MAX_ID_BYTES: Final = 128
 MAX_LINES: Final = 512
 MAX_TTL: Final = 366 * 24 * 3600
+MAX_LANE_WAIT: Final = 3600
+"""Longest ``max_wait`` of a lane: nobody waits in line for ever."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -266,13 +269,45 @@ class OpeningBalance:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A class of calls with its own concurrency, queue and time. Times are in seconds."""
+    """A class of calls with its own concurrency, queue and time, per process and event loop. Times are in seconds.
+
+    At most ``max_concurrency`` calls run at once, at most ``max_queue`` wait in line for at most ``max_wait``. A call has
+    ``timeout`` plus ``timeout_per_line`` for each of its lines, waiting included; infinity: no limit. ``borrows_from``: lanes
+    whose idle slots it may use when its own are taken; they don't borrow back. ``connections``: how many script calls of this
+    lane may be under way in Redis at once; None: one per partition. ``InvalidOperation`` for anything else.
+    """
 
     max_concurrency: int = 64
     max_queue: int = 256
     max_wait: float = 0.05
     timeout: float = 0.5
     timeout_per_line: float = 0.0
+    borrows_from: tuple[str, ...] = ()
+    connections: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_concurrency", 1), ("max_queue", 0), ("connections", 1)):
+            number = getattr(self, name)
+            if not (type(number) is int and number >= least) and not (name == "connections" and number is None):
+                raise InvalidOperation(name, number, f"must be a whole number, at least {least}")
+        _check_seconds("max_wait", self.max_wait, 0 <= _number(self.max_wait) <= MAX_LANE_WAIT, f"from 0 to {MAX_LANE_WAIT}")
+        timeout = _number(self.timeout)
+        _check_seconds(
+            "timeout", self.timeout, 0 < timeout <= MAX_TTL or timeout == math.inf, f"more than 0, at most {MAX_TTL} or infinite"
+        )
+        _check_seconds("timeout_per_line", self.timeout_per_line, 0 <= _number(self.timeout_per_line) <= MAX_TTL, f"from 0 to {MAX_TTL}")
+        if isinstance(self.borrows_from, str) or not all(isinstance(name, str) for name in self.borrows_from):
+            raise InvalidOperation("borrows_from", self.borrows_from, "must be a tuple of the names of lanes")
+        object.__setattr__(self, "borrows_from", tuple(self.borrows_from))
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _check_seconds(field: str, value: object, fits: bool, what: str) -> None:
+    if not fits:
+        raise InvalidOperation(field, value, f"must be seconds, {what}")
 
 
 class JournalOperation(NamedTuple):

@@ -5,7 +5,7 @@ A sink must not raise and must not block: it is called from the hot path, once p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,7 +68,27 @@ class Happened:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-Event = BatchSent | Published | Applied | Retried | Happened
+@dataclass(frozen=True, slots=True)
+class LaneUsed:
+    """What one lane did since its last report (twice a second while it is used).
+
+    ``running``, ``waiting`` and ``lent`` (of its slots, to other lanes) are the numbers now, the others counts since then.
+    """
+
+    lane: str
+    running: int
+    waiting: int
+    lent: int
+    admitted: int
+    overdue: int
+    """Calls that were ended by their deadline."""
+    waits: Sequence[float]
+    """Seconds that calls waited in line, those given up included."""
+    refused: Mapping[str, int]
+    """Calls refused at the door, by reason: ``queue_full``, ``predicted_wait``, ``waited``, ``deadline``."""
+
+
+Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed
 
 
 class Metrics(Protocol):

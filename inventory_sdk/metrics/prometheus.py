@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, Published, Retried
+from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, LaneUsed, Published, Retried
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LAG_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
@@ -39,6 +39,13 @@ class _Collectors(NamedTuple):
     sequence: Gauge
     retries: Counter
     events: Counter
+    lane_running: Gauge
+    lane_waiting: Gauge
+    lane_lent: Gauge
+    lane_admitted: Counter
+    lane_overdue: Counter
+    lane_refused: Counter
+    lane_wait_seconds: Histogram
 
 
 _made: WeakKeyDictionary[CollectorRegistry, _Collectors] = WeakKeyDictionary()
@@ -83,6 +90,13 @@ def _make(registry: CollectorRegistry) -> _Collectors:
         sequence=gauge("applied_sequence", "Sequence, within its epoch, of the last journal entry in the ledger.", ["partition"]),
         retries=counter("retries", "Attempts that failed and were made again.", ["what", "reason"]),
         events=counter("events", "Happenings that may need somebody.", ["name", "partition", "reason"]),
+        lane_running=gauge("lane_running", "Calls that run in a lane.", ["lane"]),
+        lane_waiting=gauge("lane_waiting", "Calls that wait in line for a lane.", ["lane"]),
+        lane_lent=gauge("lane_lent", "Slots of a lane that calls of other lanes use.", ["lane"]),
+        lane_admitted=counter("lane_admitted", "Calls that a lane let in.", ["lane"]),
+        lane_overdue=counter("lane_deadline_exceeded", "Calls that were ended by their deadline.", ["lane"]),
+        lane_refused=counter("lane_refused", "Calls that a lane refused at its door.", ["lane", "reason"]),
+        lane_wait_seconds=histogram("lane_wait_seconds", "Time that calls waited in line for a lane.", ["lane"], SECONDS),
     )
 
 
@@ -101,6 +115,7 @@ class PrometheusMetrics:
         self._applying: dict[int, _Applying] = {}
         self._retries: dict[tuple[str, str], Counter] = {}
         self._events: dict[tuple[str, str, str], Counter] = {}
+        self._lanes: dict[str, _LaneChildren] = {}
 
     def record(self, event: Event) -> None:
         """Count it."""
@@ -116,6 +131,8 @@ class PrometheusMetrics:
             if retries is None:
                 retries = self._retries[key] = self._all.retries.labels(*key)
             retries.inc()
+        elif isinstance(event, LaneUsed):
+            self._lane(event)
         else:
             self._happened(event)
 
@@ -185,6 +202,28 @@ class PrometheusMetrics:
         children.epoch.set(event.epoch)
         children.sequence.set(event.sequence)
 
+    def _lane(self, event: LaneUsed) -> None:
+        children = self._lanes.get(event.lane)
+        if children is None:
+            made = self._all
+            children = self._lanes[event.lane] = _LaneChildren(
+                running=made.lane_running.labels(event.lane),
+                waiting=made.lane_waiting.labels(event.lane),
+                lent=made.lane_lent.labels(event.lane),
+                admitted=made.lane_admitted.labels(event.lane),
+                overdue=made.lane_overdue.labels(event.lane),
+                wait_seconds=made.lane_wait_seconds.labels(event.lane),
+            )
+        children.running.set(event.running)
+        children.waiting.set(event.waiting)
+        children.lent.set(event.lent)
+        children.admitted.inc(event.admitted)
+        children.overdue.inc(event.overdue)
+        for seconds in event.waits:
+            children.wait_seconds.observe(seconds)
+        for reason, count in event.refused.items():
+            self._all.lane_refused.labels(event.lane, reason).inc(count)
+
     def _happened(self, event: Happened) -> None:
         labels = event.labels
         key = (event.name, labels.get("partition", ""), labels.get("reason") or labels.get("why") or labels.get("task", ""))
@@ -204,3 +243,12 @@ class _Applying(NamedTuple):
     lag: Histogram
     epoch: Gauge
     sequence: Gauge
+
+
+class _LaneChildren(NamedTuple):
+    running: Gauge
+    waiting: Gauge
+    lent: Gauge
+    admitted: Counter
+    overdue: Counter
+    wait_seconds: Histogram

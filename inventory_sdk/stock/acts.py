@@ -92,8 +92,10 @@ class Acts:
         home = self._merchant(merchant)
         if order is not None:
             check_text("order", order)
-        key = key_of(home, uuid4().hex if operation_id is None else check_text("operation_id", operation_id))
         flat = self._flat(lines, home, +1)
+        if operation_id is None:
+            operation_id = _named(home) or uuid4().hex
+        key = key_of(home, check_text("operation_id", operation_id))
         if kind == Kind.ADJUST:
             return await self._enter(Kind.ADJUST, home, key, flat, order or "", "", _extra_of(reason, task))
         if kind not in (Kind.RESTOCK, Kind.TAKE_BACK):
@@ -209,6 +211,8 @@ class Acts:
         merchant = self._merchant(merchant)
         if order is not None:
             check_text("order", order)
+        if operation_id is None:
+            operation_id = _named(merchant)
         made_up = operation_id is None
         name = uuid4().hex if operation_id is None else check_text("operation_id", operation_id)
         signed = -1 if kind == Kind.ADJUST else 1
@@ -309,7 +313,7 @@ class Acts:
         elif lines is None:
             name = f"{reservation}\x1f{kind.value}"
         else:
-            name = uuid4().hex
+            name = _named(home) or uuid4().hex
         flat = self._flat(lines, home, +1) if lines is not None else []
         hold = key_of(home, reservation)
         key = key_of(home, name)
@@ -388,6 +392,12 @@ class Acts:
         done = await entering.enter(engine, partition, kind, key, flat, order, reference, extra, settled)
         name = split_key(key)[1]
         return receipt(name, kind.value, merchant, order or None, flat, done.remaining, done.position, "database", done.replayed)
+
+
+def _named(home: str) -> str | None:
+    """The id that the request brought for an act that names none itself."""
+    named = context.operation.get()
+    return None if named is None else named.spend(home)
 
 
 def _first_receipt(row: OperationRow, kind: str, level: str) -> Receipt:

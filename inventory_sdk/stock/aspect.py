@@ -217,7 +217,8 @@ def _after(room: Room, act: Act, ask: Asking, proceed: Proceed) -> Proceed:
             asked = ask.checked(call)
         # Done again after a cancellation, it must have one effect. A whole confirm or release has an id derived from its hold.
         if "operation_id" not in asked and ("reservation" not in asked or "lines" in asked):
-            asked["operation_id"] = uuid4().hex
+            named = context.operation.get()
+            asked["operation_id"] = uuid4().hex if named is None else named.spend(asked["merchant"])
 
         async def move() -> None:
             await room._stock_acts().submit(kind, **asked)

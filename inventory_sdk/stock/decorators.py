@@ -8,13 +8,15 @@ it names (``lambda order: order.id``).
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
+from inventory_sdk import context
 from inventory_sdk.errors import InvalidOperation
-from inventory_sdk.model import Kind, Movement, OpeningBalance, Receipt
+from inventory_sdk.model import MAX_TTL, Kind, Movement, OpeningBalance, Receipt
 from inventory_sdk.selectors import Selector
 from inventory_sdk.stock.aspect import Act, StockAspect
 from inventory_sdk.stock.later import Registry, Upgrade
@@ -152,9 +154,6 @@ class Hooks:
 class StockDecorators(ABC):
     """The decorators as a mixin. Whoever mixes it in gives it the parts below; they are asked for at each call."""
 
-    hold_ttl: float = 60.5
-    """Seconds that a hold without a ttl of its own lives until its function has returned: the lane's timeout and a minute."""
-
     _registry: Registry
     _hooks: Hooks
     _afterwards: Afterwards
@@ -163,6 +162,13 @@ class StockDecorators(ABC):
         self._registry = Registry()
         self._hooks = Hooks()
         self._afterwards = Afterwards()
+
+    @property
+    def hold_ttl(self) -> float:
+        """Seconds that a hold without a ttl of its own lives until its function has returned: a minute more than the call has (its
+        lane's timeout, or less where less was inherited); 60.5 where nobody limited it."""
+        scope = context.living()
+        return 60.5 if scope is None or scope.timeout == math.inf else min(60.0 + scope.timeout, MAX_TTL)
 
     @abstractmethod
     def _stock_acts(self) -> StockActs:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.loading import Loader
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.routed import scripts_on
+from inventory_sdk.stock.share import SharingBatcher
 from inventory_sdk.stock.upkeep import Upkeep
 from inventory_sdk.stock.waits import Waits
 
@@ -45,6 +46,8 @@ class StockSettings:
     results_most: int = 20_000_000
     replicas: int = 1
     wait_timeout: float = 5.0
+    connections: Mapping[str, int] = field(default_factory=dict)
+    """Script calls that a lane may have under way at once, over all partitions; a lane that is not there: one per partition."""
 
 
 class Engine:
@@ -69,6 +72,7 @@ class Engine:
         self.wire = scripts_on(client, settings.redis_timeout, metrics)
         self.partitions = tuple(Partition(number, settings.namespace, self.wire) for number in range(settings.partitions))
         self._batchers: dict[tuple[int, str], Batcher] = {}
+        self._shares = {lane: asyncio.Semaphore(most) for lane, most in settings.connections.items()}
         self._on_refused = on_refused
         self.kept = {"redis"}
         """Durability levels that are known to be kept here."""
@@ -95,9 +99,9 @@ class Engine:
         key = (partition.number, lane)
         batcher = self._batchers.get(key)
         if batcher is None:
-            batcher = Batcher(
-                partition, lane, self.metrics, self.publish, self.settings.journal_cap, self._on_refused, self.waits, self.givers
-            )
+            parts = (partition, lane, self.metrics, self.publish, self.settings.journal_cap, self._on_refused, self.waits, self.givers)
+            share = self._shares.get(lane)
+            batcher = Batcher(*parts) if share is None else SharingBatcher(share, *parts)
             self._batchers[key] = batcher
         return batcher
 

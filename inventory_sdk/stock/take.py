@@ -114,8 +114,8 @@ class Afterwards:
 class Room(Protocol):
     """What an aspect asks its Inventory for, at each call (``replaced()`` may have changed it)."""
 
-    hold_ttl: float
-
+    @property
+    def hold_ttl(self) -> float: ...
     @property
     def _afterwards(self) -> Afterwards: ...
     def _stock_acts(self) -> StockActs: ...

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "web", "testing"),
     ("",),  # the public face, inventory_sdk/__init__.py
+    ("web.middleware",),  # part of the face
     ("inventory",),
     ("traffic", "gray", "hotspot", "verify", "redistribute", "reconcile", "stock.aspect"),
     ("sync",),
@@ -35,6 +36,8 @@ PART_OF = {
     "stock.decorators": "stock.aspect",
     "stock.later": "stock.aspect",  # run="later"
     "stock.session": "stock.aspect",  # session=
+    "web.problem": "web.middleware",
+    "web.lifespan": "web.middleware",
 }
 """Modules that belong to another room than their folder says."""
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inventory_sdk.metrics import Applied, BatchSent, Event, Fanout, Happened, NoMetrics, Published, Retried
+from inventory_sdk.metrics import Applied, BatchSent, Event, Fanout, Happened, LaneUsed, NoMetrics, Published, Retried
 from inventory_sdk.metrics.prometheus import PrometheusMetrics
 
 BATCH = BatchSent(0, "core", 12, {"reserve": 8, "deduct": 2}, {"insufficient": 1}, 1, 0.004)
@@ -45,6 +45,20 @@ def test_every_event_is_counted_in_base_units(registry: CollectorRegistry) -> No
     assert value("inventory_retries_total", {"what": "ledger", "reason": "OSError"}) == 1
     assert value("inventory_events_total", {"name": "frozen", "partition": "0", "reason": "meta_missing"}) == 1
     assert value("inventory_events_total", {"name": "dead_letter", "partition": "", "reason": "write_order"}) == 1
+
+
+def test_a_lane_is_counted_by_its_reports(registry: CollectorRegistry) -> None:
+    metrics = PrometheusMetrics(registry)
+    metrics.record(LaneUsed("core", 3, 2, 1, 40, 1, (0.002, 0.03), {"queue_full": 5}))
+    metrics.record(LaneUsed("core", 1, 0, 0, 2, 0, (), {"queue_full": 1, "waited": 1}))
+    value = registry.get_sample_value
+    assert value("inventory_lane_running", {"lane": "core"}) == 1
+    assert value("inventory_lane_waiting", {"lane": "core"}) == 0
+    assert value("inventory_lane_lent", {"lane": "core"}) == 0
+    assert value("inventory_lane_admitted_total", {"lane": "core"}) == 42
+    assert value("inventory_lane_deadline_exceeded_total", {"lane": "core"}) == 1
+    assert value("inventory_lane_refused_total", {"lane": "core", "reason": "queue_full"}) == 6
+    assert value("inventory_lane_wait_seconds_sum", {"lane": "core"}) == pytest.approx(0.032)
 
 
 def test_two_inventories_in_one_process_share_the_collectors(registry: CollectorRegistry) -> None:

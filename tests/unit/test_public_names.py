@@ -10,7 +10,18 @@ import pytest
 import inventory_sdk
 from inventory_sdk import errors
 
-NAMES = {"Inventory", "Lane", "Line", "Movement", "OpeningBalance", "Receipt", "Reservation", "StockLevel", "injected"}
+NAMES = {
+    "Inventory",
+    "InventoryMiddleware",
+    "Lane",
+    "Line",
+    "Movement",
+    "OpeningBalance",
+    "Receipt",
+    "Reservation",
+    "StockLevel",
+    "injected",
+}
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.InventoryError)}
 
 STOCK = {
@@ -28,7 +39,7 @@ STOCK = {
     "status": {"operation_id", "merchant"},
 }
 DECORATORS = ("reserves", "deducts", "confirms", "releases", "restocks", "takes_back", "adjusts")
-HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave")
+HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane")
 
 
 def parameters(function: Any) -> set[str]:

@@ -1,0 +1,183 @@
+"""What our aspects cost per call, beside what one would pick for each of them: ``python -m benchmarks.aspects``.
+
+One caller, nothing to wait for, a function that does nothing: what is left is the price of the wrapping. All are measured in turns
+in one run, and the middle turn counts. The peers come with ``pip install --group bench``; one that is missing is named and skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from inventory_sdk import Inventory, Lane
+from inventory_sdk.metrics import NoMetrics
+from inventory_sdk.metrics.prometheus import PrometheusMetrics
+
+Function = Callable[[int], Awaitable[int]]
+MANY = 10**9
+
+
+async def bare(number: int) -> int:
+    """The function itself."""
+    return number
+
+
+def ours() -> dict[str, Function]:
+    """Our aspects. The lane has slots, a line, a prediction, a deadline; metrics are what it reports."""
+    lane = {"core": Lane(max_concurrency=64, timeout=0.5)}
+    quiet = Inventory("memory://", lanes=lane, metrics=[NoMetrics()])
+    counted = Inventory("memory://", lanes=lane, metrics=[PrometheusMetrics(CollectorRegistry())])
+    return {"lane": quiet.lane("core")(bare), "lane and metrics (all)": counted.lane("core")(bare)}
+
+
+def hyx_bulkhead() -> Function:
+    from hyx.bulkhead import bulkhead
+
+    @bulkhead(max_concurrency=64, max_capacity=320)
+    async def call(number: int) -> int:
+        return number
+
+    return call
+
+
+def hyx_timeout() -> Function:
+    from hyx.timeout import timeout
+
+    @timeout(0.5)
+    async def call(number: int) -> int:
+        return number
+
+    return call
+
+
+def aiolimiter() -> Function:
+    from aiolimiter import AsyncLimiter
+
+    limiter = AsyncLimiter(MANY, 1)
+
+    async def call(number: int) -> int:
+        async with limiter:
+            return number
+
+    return call
+
+
+def throttled() -> Function:
+    from throttled.asyncio import MemoryStore, RateLimiterType, Throttled, rate_limiter
+
+    throttle = Throttled(
+        key="k", using=RateLimiterType.GCRA.value, quota=rate_limiter.per_sec(1_000_000, burst=1_000_000), store=MemoryStore()
+    )
+
+    async def call(number: int) -> int:
+        result = await throttle.limit()
+        assert not result.limited
+        return number
+
+    return call
+
+
+def pyrate() -> Function:
+    from pyrate_limiter import Duration, InMemoryBucket, Limiter, Rate
+
+    limiter = Limiter(InMemoryBucket([Rate(MANY, Duration.SECOND)]))
+
+    async def call(number: int) -> int:
+        await limiter.try_acquire_async("k")
+        return number
+
+    return call
+
+
+def cashews() -> Function:
+    from cashews import Cache
+
+    cache = Cache()
+    cache.setup("mem://")
+
+    @cache.rate_limit(limit=MANY, period=10)
+    async def call(number: int) -> int:
+        return number
+
+    return call
+
+
+def prometheus() -> Function:
+    from prometheus_client import Counter
+
+    counter = Counter("calls", "Calls.", ["lane"], registry=CollectorRegistry()).labels("core")
+
+    async def call(number: int) -> int:
+        counter.inc()
+        return number
+
+    return call
+
+
+PEERS: dict[str, Callable[[], Function]] = {
+    "hyx bulkhead": hyx_bulkhead,
+    "hyx timeout": hyx_timeout,
+    "aiolimiter": aiolimiter,
+    "throttled-py GCRA": throttled,
+    "pyrate-limiter": pyrate,
+    "cashews rate_limit": cashews,
+    "prometheus counter": prometheus,
+}
+SAME_FEATURES = ("hyx bulkhead", "hyx timeout", "prometheus counter")
+"""What does, one by one, what our lane and its metrics do."""
+
+
+async def seconds_of(function: Function, calls: int) -> float:
+    """For so many calls."""
+    started = time.perf_counter()
+    for number in range(calls):
+        await function(number)
+    return time.perf_counter() - started
+
+
+async def main(calls: int, turns: int) -> None:
+    """All of it; the last line is the JSON object."""
+    functions: dict[str, Function] = {"bare": bare, **ours()}
+    missing: dict[str, str] = {}
+    for name, make in PEERS.items():
+        try:
+            function = make()
+            await seconds_of(function, 100)
+            functions[name] = function
+        except Exception as error:  # noqa: BLE001  # a peer of another version: said so below, and in the JSON object
+            missing[name] = repr(error)
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(turns):
+        for name, function in functions.items():
+            taken[name].append(await seconds_of(function, calls))
+    micros: dict[str, float] = {name: sorted(times)[turns // 2] / calls * 1e6 for name, times in taken.items()}
+    cost = {name: round(micros[name] - micros["bare"], 3) for name in functions if name != "bare"}
+    for name, each in cost.items():
+        print(f"{name:<28} {each:>8.2f} µs", flush=True)
+    for name, why in missing.items():
+        print(f"{name:<28} not measured: {why}", flush=True)
+    result: dict[str, Any] = {
+        "benchmark": "aspects",
+        "calls": calls,
+        "bare_us": round(micros["bare"], 3),
+        "costs_us": cost,
+        "ours_all_us": cost["lane and metrics (all)"],
+        "peers_sum_us": round(sum(cost[name] for name in SAME_FEATURES), 3) if not set(SAME_FEATURES) & set(missing) else None,
+        "peers_summed": list(SAME_FEATURES),
+        "missing": missing,
+    }
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--calls", type=int, default=20_000, help="calls per turn (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=9, help="turns of each (default %(default)s)")
+    given = parser.parse_args()
+    asyncio.run(main(given.calls, given.turns))

@@ -1,0 +1,1 @@
+"""The SDK on the web: ASGI middleware and pages."""
