@@ -15,7 +15,7 @@ from inventory_sdk.model import JournalOperation, fingerprint, key_of, split_key
 from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_reservation, write_result
-from inventory_sdk.stock.resubmit import late_verdict, resubmission
+from inventory_sdk.stock.resubmit import SETTLED, late_verdict, resubmission
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 KEEP_APPLIED_MS: Final = 600_000
@@ -103,7 +103,7 @@ class Upkeep:
         refused, in a word. ``StockFrozen`` when ``epoch`` is not the open one; ``Overloaded`` for what passes by itself."""
         batched = resubmission(operation, at_ms)
         if batched is None:
-            return ""
+            return "" if operation.kind in SETTLED else "unknown_kind"
         try:
             return late_verdict(await self._make(partition, epoch, batched, later=True))
         except UnknownStock:
