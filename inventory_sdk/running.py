@@ -8,10 +8,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inventory_sdk.errors import DurabilityNotReached, InsufficientStock, InventoryError, OutcomeUnknown
-from inventory_sdk.ledger.protocol import Ledger, OperationRow
+from inventory_sdk.errors import DurabilityNotReached, InsufficientStock, InventoryError, OutcomeUnknown, StockFrozen
+from inventory_sdk.ledger.protocol import Ledger, LedgerUnavailable, OperationRow
 from inventory_sdk.metrics import Happened, Metrics
 from inventory_sdk.model import OpeningBalance, Position, Shortage, split_key
+from inventory_sdk.redis_urls import close_client
 from inventory_sdk.servers import Servers
 from inventory_sdk.stock.batch import Answered, read_entries
 from inventory_sdk.stock.decorators import Hooks
@@ -49,7 +50,7 @@ class Running:
         self.queue = from_url(
             servers.queue,
             settings.namespace,
-            client_factory=lambda: self.client,
+            client_factory=lambda: self.engine.wire.client,
             partitions=settings.partitions,
             metrics=metrics,
         )
@@ -93,7 +94,11 @@ class Running:
             if stored != value:
                 raise InventoryError(f"{name}={value!r}, but this ledger was made with {stored!r}; all processes must agree")
         for partition in range(self.settings.partitions):
-            await open_first(self.engine.upkeep, self.ledger, self.queue, partition)
+            try:
+                await open_first(self.engine.upkeep, self.ledger, self.queue, partition)
+            except StockFrozen as frozen:
+                # Whoever was opening or recovering it may be dead. A worker that did not start could never take that over.
+                log.warning("started all the same: %s", frozen)
         self.open = True
         if self._servers.embedded:
             await self.embed_worker()
@@ -127,7 +132,7 @@ class Running:
     async def close(self) -> None:
         """Everything that was opened, in the order in which it is no longer needed; the first error is raised at the end."""
         failures: list[BaseException] = []
-        steps = [self.engine.drain, self._publisher.close]
+        steps = [self.engine.drain, self._publisher.close, self.watermark.close]
         if self._worker is not None:
             steps.append(self._worker.stop)
         for step in (*steps, self.engine.close, self.queue.close, self.ledger.close, self._close_client):
@@ -140,8 +145,7 @@ class Running:
             raise failures[0]
 
     async def _close_client(self) -> None:
-        await self.client.aclose()
-        await self.client.connection_pool.disconnect()
+        await close_client(self.client)
 
     async def reach(self, position: Position, level: str, key: str, batch: Answered | None) -> OperationRow | None:
         """Until the operation is as durable as ``level`` says. A row is answered where the ledger found that an earlier
@@ -152,7 +156,12 @@ class Running:
             await self._confirmed(position, key, batch)
             return None
         await self.watermark.reached(position, LEDGER_TIMEOUT)
-        return await self._verdict(position, key) if level == "database" else None
+        if level != "database":
+            return None
+        try:
+            return await self._verdict(position, key)
+        except LedgerUnavailable as error:
+            raise DurabilityNotReached(level, position, position, None, f"applied, but its verdict is not known: {error}") from error
 
     async def _confirmed(self, position: Position, key: str, batch: Answered | None) -> None:
         publication = batch.confirmed if batch is not None else None
@@ -161,6 +170,9 @@ class Running:
             view = self.engine.partitions[position.partition]
             entries = await read_entries(view, position.epoch, position.sequence - 1, position.sequence, 1)
             if not entries:
+                # Trimmed is applied. But a Redis that lost it, or never had it, has no entry either.
+                if not await self.ledger.operations_at([position]):
+                    raise DurabilityNotReached("queue", position, None, None, "its journal entry is gone and the ledger does not have it")
                 return
             publication = self._publisher.publish(*position, entries[0][1].decode())
         try:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from inventory_sdk.errors import InvalidOperation
+from inventory_sdk.redis_urls import CLUSTER_SCHEMES, SENTINEL_SCHEMES, check_places, cluster_client, is_sentinel_client, sentinel_client
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -43,15 +44,21 @@ _POOL_OWN: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """``redis``: a URL, a redis.asyncio client (fakeredis too) or ``memory://``; ``embedded``: the worker runs inside."""
+    """``redis``: a URL, a redis.asyncio client (fakeredis, RedisCluster and a Sentinel's too) or ``memory://``; ``embedded``: the
+    worker runs inside."""
 
-    redis: str | Redis
+    redis: str | Redis | RedisCluster
     queue: str | None
     database: str | AsyncEngine | None
     embedded: bool
 
-    def make_client(self) -> Redis:
+    def make_client(self) -> Redis | RedisCluster:
         """A client for the running event loop: bytes, RESP2, nothing retried (one retry of a lost ``DECRBY`` removes two)."""
+        scheme = urlsplit(self.redis).scheme if isinstance(self.redis, str) else ""
+        if isinstance(self.redis, RedisCluster) or scheme in CLUSTER_SCHEMES:
+            return cluster_client(self.redis, CONNECT_TIMEOUT)
+        if is_sentinel_client(self.redis) or scheme in SENTINEL_SCHEMES:
+            return sentinel_client(self.redis, CONNECT_TIMEOUT)
         options: dict[str, Any] = {
             "decode_responses": False,
             "protocol": 2,
@@ -82,15 +89,20 @@ class Servers:
         return SqlLedger(self.database, prefix)
 
 
-def servers_for(redis: str | Redis, queue: str | None, database: str | AsyncEngine | None, embedded: bool = False) -> Servers:
+def servers_for(
+    redis: str | Redis | RedisCluster, queue: str | None, database: str | AsyncEngine | None, embedded: bool = False
+) -> Servers:
     """What the arguments of an Inventory mean; ``memory://`` brings its own fakeredis and SQLite."""
     if isinstance(redis, str):
         scheme = urlsplit(redis).scheme
         if scheme == "memory":
             return Servers(_fake_redis(), queue, database or "sqlite+aiosqlite://", True)
-        if scheme not in ("redis", "rediss", "unix"):
-            raise InvalidOperation("redis", f"{scheme}://", "must begin with redis://, rediss://, unix:// or memory://")
-    elif not isinstance(redis, Redis):
+        if scheme not in ("redis", "rediss", "unix", *CLUSTER_SCHEMES, *SENTINEL_SCHEMES):
+            known = "redis://, rediss://, unix://, redis+cluster://, redis+sentinel:// or memory://"
+            raise InvalidOperation("redis", f"{scheme}://", f"must begin with {known}")
+        if scheme in (*CLUSTER_SCHEMES, *SENTINEL_SCHEMES):
+            check_places(redis)
+    elif not isinstance(redis, Redis | RedisCluster):
         raise InvalidOperation("redis", redis, "must be a URL or a redis.asyncio client")
     return Servers(redis, queue, database, embedded)
 

@@ -37,20 +37,26 @@ def program(name: str) -> str:
     pytest.skip(message)
 
 
-def free_ports(count: int, below: int = 65535) -> list[int]:
-    """Ports that nobody listens on, all different. ``below``: a cluster's bus listens 10,000 above its port."""
+BUS: Final = 10_000
+"""So far above its port a cluster's node listens for the others."""
+
+
+def free_ports(count: int, cluster: bool = False) -> list[int]:
+    """Ports that nobody listens on, all different; for nodes of a cluster, their second ports are free as well, and below those
+    that the system hands out to clients."""
+    first, last = (12_000, 22_000) if cluster else (20_000, 65_535)
     found: list[int] = []
     with ExitStack() as stack:
-        for port in range(20_000 + os.getpid() % 5_000 * 6, below):
-            probe = stack.enter_context(socket.socket())
+        for port in range(first + os.getpid() * 6 % (last - first - 1_000), last):
             try:
-                probe.bind(("127.0.0.1", port))
+                for each in (port, port + BUS) if cluster else (port,):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", each))
             except OSError:
                 continue
             found.append(port)
             if len(found) == count:
                 return found
-    raise RuntimeError(f"no {count} free ports below {below}")
+    raise RuntimeError(f"no {count} free ports from {first} to {last}")
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
@@ -198,7 +204,7 @@ def redis_cluster(masters: int = 3, replicas: int = 1) -> Iterator[list[RedisSer
     nodes: list[RedisServer] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for port in free_ports(masters * (1 + replicas), below=50_000):
+            for port in free_ports(masters * (1 + replicas), cluster=True):
                 place = Path(folder) / str(port)
                 place.mkdir()
                 options = ["--save", "", "--appendonly", "no", "--cluster-enabled", "yes", "--cluster-node-timeout", "1500"]
@@ -211,7 +217,7 @@ def redis_cluster(masters: int = 3, replicas: int = 1) -> Iterator[list[RedisSer
             def served(node: RedisServer) -> bool:
                 with node.client() as client:
                     state = client.execute_command("CLUSTER", "INFO")
-                    if "cluster_state:ok" not in str(state) and dict(state or {}).get("cluster_state") != "ok":
+                    if "cluster_state:ok" not in str(state):
                         return False
                     return client.info("replication").get("master_link_status", "up") == "up"
 
@@ -231,6 +237,7 @@ class PostgresServer:
     folder: Path
     user: str
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    settings: Sequence[str] = ()
 
     @property
     def url(self) -> str:
@@ -240,6 +247,7 @@ class PostgresServer:
         """Returns once it takes connections (after a crash: once it has recovered)."""
         command = [program("postgres"), "-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
         command += ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=100"]
+        command += [word for setting in self.settings for word in ("-c", setting)]
         with (self.folder / "postgres.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, **_as(self.user))
         ready = [program("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres"]
@@ -263,8 +271,8 @@ def _as(user: str) -> dict[str, Any]:
 
 
 @contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
-    """An empty PostgreSQL that keeps what it commits through a crash."""
+def postgres_server(*settings: str) -> Iterator[PostgresServer]:
+    """An empty PostgreSQL that keeps what it commits through a crash. ``settings``: ``name=value``."""
     user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
     initdb = program("initdb")
     with tempfile.TemporaryDirectory() as name:
@@ -274,7 +282,7 @@ def postgres_server() -> Iterator[PostgresServer]:
         made = [initdb, "-D", str(folder / "data"), "-U", "postgres", "-A", "trust", "-N", "--no-instructions"]
         subprocess.run(made, check=True, capture_output=True, **_as(user))
         (folder / "postgres.log").touch()
-        server = PostgresServer(free_ports(1)[0], folder, user)
+        server = PostgresServer(free_ports(1)[0], folder, user, settings=settings)
         try:
             server.start()
             yield server

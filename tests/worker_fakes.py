@@ -88,7 +88,9 @@ class FakeLedger:
         self.operations: dict[str, int] = {}
         self.task_faults: list[Exception] = []
         self.down: Exception | None = None
+        self.lost_replies = 0
         self.refuse: dict[int, str] = {}
+        self.statuses: dict[Position, str] = {}
         self.voids: list[Void] = []
         self.credits: list[Credit] = []
         self.stale: list[ReservationRow] = []
@@ -200,6 +202,7 @@ class FakeLedger:
                 for index, operation in enumerate(entry.operations):
                     self.operations[operation.key] = self.operations.get(operation.key, 0) + 1
                     if (reason := self.refuse.get(entry.sequence)) is not None:
+                        self.statuses[where] = "duplicate" if reason == "duplicate" else "rejected"
                         refusals.append(Refusal(where, index, operation.kind, operation.key, reason, tuple(operation.lines)))
                         self.voids.append(Void(where, index, operation.key, operation.kind, "", (), reason != "duplicate"))
             self.lost += lost
@@ -207,12 +210,15 @@ class FakeLedger:
             if fresh:
                 self.batches.append(sum(len(entry.operations) for entry in fresh))
             rows[epoch] = replace(rows[epoch], applied=position)
+            if self.lost_replies:
+                self.lost_replies -= 1
+                raise ConnectionResetError("the reply to the commit was lost")
             return Applied(position, len(moves), tuple(refusals), old, 0)
 
     async def operations_at(self, positions: Sequence[Position]) -> list[OperationRow]:
         await self._reach()
         return [
-            OperationRow(where, 0, "m\x1fo", "deduct", "f", "", "", (), (), "applied", False, 0)
+            OperationRow(where, 0, "m\x1fo", "deduct", "f", "", "", (), (), self.statuses.get(where, "applied"), False, 0)
             for where in positions
             if where in self.nonces_of
         ]

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from inventory_sdk.errors import InventoryError
+from inventory_sdk.errors import InventoryError, Overloaded
 from inventory_sdk.model import JournalEntry, Movement, Position
 
 if TYPE_CHECKING:
@@ -33,6 +33,16 @@ class ForkFound(InventoryError):
 
 class WritesStockFailed(InventoryError):
     """The service's ``writes_stock`` raised; the transaction was rolled back. The cause is ``__cause__``."""
+
+
+class LedgerUnavailable(Overloaded):
+    """The database could not do it now: ``reason`` is a fixed word (``disconnected``, ``deadlock``, ``serialization``,
+    ``lock_timeout``, ``locked``, ``disk_full``, …), ``__cause__`` what the driver said. A transaction whose commit was under way
+    may stand; every method is safe to repeat."""
+
+    def __init__(self, reason: str, error: BaseException) -> None:
+        super().__init__(f"the ledger's database can't do this now ({reason}: {str(error).partition(chr(10))[0]})", retry_after=1.0)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

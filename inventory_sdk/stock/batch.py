@@ -17,7 +17,7 @@ from itertools import count
 from typing import Any, Final
 
 from pydantic_core import from_json, to_json
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
 from inventory_sdk.errors import InventoryError, JournalFull, OutcomeUnknown, Overloaded, StockFrozen
 from inventory_sdk.metrics.events import BatchSent, Metrics, Retried
@@ -417,6 +417,6 @@ async def read_entries(partition: Partition, epoch: int, after: int, upto: int |
     last = f"{epoch}-{upto}" if upto is not None else f"{epoch}-18446744073709551615"
     try:
         rows = await client.xrange(partition.keys[9], f"{epoch}-{after + 1}", last, count=most)
-    except (RedisError, OSError) as error:
+    except (RedisError, RedisClusterException, OSError) as error:
         raise NotExecuted(f"the journal can't be read: {error}") from error
     return [(int(bytes(name).partition(b"-")[2]), fields[b"b"]) for name, fields in rows]

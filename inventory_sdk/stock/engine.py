@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from inventory_sdk import context
 from inventory_sdk.errors import Overloaded
@@ -20,8 +20,8 @@ from inventory_sdk.stock.batch import NOT_LOADED, PIN, Answer, Batcher, Publish,
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.loading import Loader
 from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.routed import scripts_on
 from inventory_sdk.stock.upkeep import Upkeep
-from inventory_sdk.stock.wire import Wire
 
 log = logging.getLogger("inventory_sdk.stock")
 
@@ -31,7 +31,8 @@ PIN_WAITS: Final = (0.01, 0.05, 0.1, 0.2, 0.4)
 
 @dataclass(frozen=True, slots=True)
 class StockSettings:
-    """What all processes on one stock share, and how this one talks to Redis. Times in seconds."""
+    """What all processes on one stock share, and how this one talks to Redis. Times in seconds; ``journal_cap`` in entries of one
+    partition (0: none), at which takes are refused."""
 
     namespace: str = "inventory"
     partitions: int = 1
@@ -46,7 +47,7 @@ class Engine:
 
     def __init__(
         self,
-        client: Redis,
+        client: Redis | RedisCluster,
         ledger: Ledger,
         settings: StockSettings,
         metrics: Metrics,
@@ -60,7 +61,7 @@ class Engine:
         self.settings = settings
         self.metrics = metrics
         self.publish = publish
-        self.wire = Wire(client, settings.redis_timeout)
+        self.wire = scripts_on(client, settings.redis_timeout, metrics)
         self.partitions = tuple(Partition(number, settings.namespace, self.wire) for number in range(settings.partitions))
         self._batchers: dict[tuple[int, str], Batcher] = {}
         self._on_refused = on_refused
@@ -72,6 +73,8 @@ class Engine:
             self.loader.load,
             settings.results_window,
             settings.results_most,
+            # Half of the cap: what is applied must never be what fills the journal.
+            settings.journal_cap // 2,
         )
 
     def home(self, merchant: str) -> Partition:

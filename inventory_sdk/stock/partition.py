@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from inventory_sdk.errors import StockFrozen
-from inventory_sdk.stock.wire import NotExecuted, ReplyLost, Wire
+from inventory_sdk.stock.wire import NotExecuted, ReplyLost, Scripts
 
 KEY_NAMES: Final = (
     "meta",
@@ -48,7 +48,7 @@ class Hello:
 class Partition:
     """The view of one partition from one event loop."""
 
-    def __init__(self, number: int, namespace: str, wire: Wire) -> None:
+    def __init__(self, number: int, namespace: str, wire: Scripts) -> None:
         self.number = number
         self.wire = wire
         self.tag = f"{{{namespace}:{number}}}"
@@ -88,7 +88,8 @@ class Partition:
     async def hello(self) -> Hello:
         """Ask Redis, and remember epoch, server and time."""
         counted, before = self._counted, self.sequence
-        answer = await self.wire.run("hello", [self.keys[0], self.keys[9]], [])
+        # All keys, though two are read: in a cluster it answers only while all of the partition is in one place.
+        answer = await self.wire.run("hello", [self.keys[0], self.keys[9], *self.keys[1:9]], [])
         now, epoch, sequence, state, opened_on, run_id, oldest, entries, applied, why, seen, frozen_at, older = answer
         self.heard(int(now))
         in_epoch = epoch.decode()

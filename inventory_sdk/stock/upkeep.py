@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from redis.exceptions import OutOfMemoryError
+
 from inventory_sdk.errors import InventoryError, StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import Credit, EpochClosed, Ledger, Rebuilding, Void
 from inventory_sdk.model import JournalOperation, fingerprint, key_of, split_key
@@ -71,12 +73,14 @@ class Upkeep:
         load: Callable[[Partition, Sequence[str]], Awaitable[None]],
         results_window: float,
         results_most: int,
+        journal_most: int,
     ) -> None:
         self._partition = partition
         self._submit = submit
         self._load = load
         self._window_ms = str(int(results_window * 1000))
         self._most = str(results_most)
+        self._journal_most = str(journal_most)
 
     async def journal_state(self, partition: int) -> JournalState:
         """Ask Redis now."""
@@ -186,7 +190,7 @@ class Upkeep:
         return answer
 
     async def trim(self, partition: int, epoch: int, upto_sequence: int) -> None:
-        """Entries up to this one are applied; those older than ten minutes go."""
+        """Entries up to this one are applied; those older than ten minutes go, all of them where room is short."""
         await self._tidy(partition, epoch, upto_sequence)
 
     async def rotate(self, partition: int) -> None:
@@ -198,7 +202,7 @@ class Upkeep:
     async def _tidy(self, partition: int, epoch: int, applied: int) -> None:
         view = self._partition(partition)
         keys = [view.key("meta"), view.key("results:0"), view.key("results:1"), view.key("journal")]
-        arguments = [str(epoch), self._window_ms, self._most, str(applied), str(KEEP_APPLIED_MS)]
+        arguments = [str(epoch), self._window_ms, self._most, str(applied), str(KEEP_APPLIED_MS), self._journal_most]
         await view.wire.run("tidy", keys, arguments)
 
     def _client(self, view: Partition) -> Any:
@@ -207,7 +211,13 @@ class Upkeep:
     async def heartbeat(self, partition: int, worker: str) -> None:
         """A sign of life that lasts ten seconds."""
         view = self._partition(partition)
-        await view.wire.client.set(view.key("worker"), f"{time.time():.3f} {worker}", px=HEARTBEAT_MS)
+        client: Any = self._client(view)
+        try:
+            await client.set(view.key("worker"), f"{time.time():.3f} {worker}", px=HEARTBEAT_MS)
+        except OutOfMemoryError:
+            # A full Redis still lets an earlier sign live on, and callers that wait for the ledger must see it: it is what ends this.
+            if not await client.pexpire(view.key("worker"), HEARTBEAT_MS):
+                raise
 
     async def worker_seen(self, partition: int) -> float | None:
         """Seconds since a worker of this partition gave a sign of life; None: not in the last ten seconds."""

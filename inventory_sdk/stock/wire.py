@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from redis.asyncio import Redis
 from redis.exceptions import (
@@ -28,6 +28,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from inventory_sdk.errors import InventoryError, Overloaded
 
 REFUSED_UNEXECUTED: Final = (MovedError, AskError, TryAgainError, ReadOnlyError, ClusterDownError, BusyLoadingError)
+"""MASTERDOWN is a ``ClusterDownError``."""
+NO_REPLICAS: Final = "NOREPLICAS"
+"""Said at the first write where ``min-replicas-to-write`` is not met: all of our scripts check first, so nothing was written."""
 IDLE_BEFORE_PROBE: Final = 1.0
 """Seconds after which a kept connection is looked at before it is used: the server may have closed it."""
 
@@ -62,6 +65,27 @@ def _word(text: str | bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(data), data)
 
 
+class Scripts(Protocol):
+    """Sends scripts to whoever has their keys. ``client`` is for plain commands; ``timeout`` seconds are one script's."""
+
+    @property
+    def client(self) -> Any: ...
+
+    @property
+    def timeout(self) -> float: ...
+
+    @property
+    def made(self) -> int:
+        """Connections that were made so far: each may have met another server than the last."""
+        ...
+
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
+        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 class Wire:
     """Runs scripts on connections of its own, made by the client's pool but kept out of it: nothing is retried behind our back,
     and a connection whose answer is outstanding is never used again. One event loop; any number of calls at once."""
@@ -70,13 +94,13 @@ class Wire:
         self.client = client
         self.timeout = timeout
         self.made = 0
-        """Connections that were made so far: each may have met another server than the last."""
         self._idle: list[tuple[Any, float]] = []
         self._busy: set[Any] = set()
         self._heads: dict[tuple[str, str, int], bytes] = {}
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
-        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], *, asking: bool = False) -> Any:
+        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``.
+        ``asking``: the server doesn't own the slot yet, and serves one command behind an ``ASKING``."""
         text = script(name)
         command = self._packed(name, text.digest, keys, arguments)
         connection = await self._connection()
@@ -85,9 +109,13 @@ class Wire:
         try:
             async with asyncio.timeout(self.timeout):
                 try:
+                    if asking:
+                        await _ask(connection)
                     await connection.send_packed_command(command, False)
                     reply = await connection.read_response()
                 except NoScriptError:
+                    if asking:
+                        await _ask(connection)  # it was good for one command
                     await connection.send_command("EVAL", text.text, len(keys), *keys, *arguments)
                     reply = await connection.read_response()
             done = True
@@ -101,8 +129,10 @@ class Wire:
             asyncio.IncompleteReadError,
         ) as error:  # OSError: also TimeoutError
             raise ReplyLost(f"no answer from Redis to {name}: {error!r}") from error
-        except ResponseError:
+        except ResponseError as error:
             done = True
+            if str(error).startswith(NO_REPLICAS):
+                raise NotExecuted(f"Redis did not execute {name}: {error}") from error
             raise
         finally:
             self._busy.discard(connection)
@@ -153,3 +183,8 @@ class Wire:
         self._idle.clear()
         for connection in connections:
             await connection.disconnect(nowait=True)
+
+
+async def _ask(connection: Any) -> None:
+    await connection.send_command("ASKING")
+    await connection.read_response()

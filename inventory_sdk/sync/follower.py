@@ -30,6 +30,8 @@ GATHER: Final = 0.005
 ENOUGH: Final = 100
 """Operations that are worth a transaction at once."""
 FILL_COUNT: Final = 1000
+REBIND: Final = 15.0
+"""Seconds after which an idle worker makes sure that the broker still lets its epoch in: one that was emptied returns every publish."""
 TAKE_OVER: Final = 10.0
 """Seconds without a sign after which a half-done recovery counts as abandoned."""
 LOOK: Final = 1.0
@@ -68,8 +70,10 @@ class Follower:
         *,
         idle: float = IDLE,
         take_over: float = TAKE_OVER,
+        rebind: float = REBIND,
     ) -> None:
         self._parts = parts
+        self._rebind = rebind
         self._partition = partition
         self._applier = applier
         self._signed = signed
@@ -87,7 +91,7 @@ class Follower:
         self._look_at = 0.0
         self._absent: int | None = None
         """The sequence that the journal was asked for and did not have."""
-        self._bound = False
+        self._bind_at = 0.0
         self._more = False
         """The last reading of the journal was cut off: there is more at once."""
         self.last_sign: float | None = None
@@ -171,7 +175,7 @@ class Follower:
                     known, at = self._highest
                     raise RecoveryNeeded("ledger_went_back", f"the ledger is at {row.epoch}-{buffer.watermark}, was at {known}-{at}", known)
                 self._highest = (row.epoch, buffer.watermark)
-                self._bound = False
+                self._bind_at = 0.0
                 self._look_at = 0.0
                 await self._follow(consumer, buffer)
             except RecoveryNeeded as need:
@@ -331,7 +335,7 @@ class Follower:
             raise RecoveryNeeded("fork", str(fork)) from fork
 
     async def _bind(self, buffer: Buffer) -> None:
-        """A broker that was emptied lets nothing in until somebody binds the epoch. One that is away is tried again at the next
+        """A broker that was emptied lets nothing in until somebody binds the epoch (again). One that is away is tried again at the next
         idle moment: meanwhile the journal is read."""
         parts = self._parts
         try:
@@ -344,13 +348,13 @@ class Follower:
             # Somebody fenced this epoch between our reading and our binding: the fence must stand.
             await parts.persist("queue", lambda: parts.queue.unbind(self._partition, buffer.epoch))
             raise EpochMoved(f"the ledger is at {newest}")
-        self._bound = True
+        self._bind_at = time.monotonic() + self._rebind
 
     async def _check(self, buffer: Buffer) -> None:
         """Is Redis what the ledger remembers? Then read the journal to its end, so that an entry whose publisher died gets in."""
         parts = self._parts
         self._more = False
-        if not self._bound:
+        if time.monotonic() >= self._bind_at:
             await self._bind(buffer)
         try:
             state = await parts.stock_side.journal_state(self._partition)

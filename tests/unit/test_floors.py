@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 PART_OF = {
     "running": "inventory",  # its half that belongs to one event loop
     "servers": "inventory",
+    "redis_urls": "inventory",
     "stock.decorators": "stock.aspect",
     "stock.later": "stock.aspect",  # run="later"
     "stock.session": "stock.aspect",  # session=
@@ -51,6 +52,7 @@ OUTSIDE = {
     "fakeredis": ("inventory", "testing", "stock", "cli"),
     "sqlalchemy": ("ledger", "sync", "inventory", "reconcile", "gray", "testing", "web", "stock.aspect", "weave", "cli"),
     "aio_pika": ("sync",),
+    "tenacity": ("sync", "stock"),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
     "pytest": ("testing",),
 }

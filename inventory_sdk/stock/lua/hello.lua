@@ -1,5 +1,5 @@
 -- Who and where: what a process must know before its first batch, and what the worker asks.
--- KEYS  1 meta  2 journal
+-- KEYS  1 meta  2 journal, and all others of the partition: while its slot moves, nobody must take a half for the whole
 -- Reply {now ms, epoch or "", sequence, state, run_id as opened, run_id now,
 --        id of this epoch's oldest entry or "", entries in the journal, highest sequence that the ledger had applied,
 --        why it is suspect or "", highest sequence that was seen then, ms when it stopped selling,

@@ -10,7 +10,7 @@ from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.sync.queues.protocol import Queue
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
+    from redis.asyncio import Redis, RedisCluster
 
     from inventory_sdk.metrics.events import Metrics
 
@@ -19,7 +19,7 @@ def from_url(
     url: str | None,
     namespace: str,
     *,
-    client_factory: Callable[[], Redis] | None = None,
+    client_factory: Callable[[], Redis | RedisCluster] | None = None,
     partitions: int = 1,
     metrics: Metrics | None = None,
 ) -> Queue:

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from redis import exceptions
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from inventory_sdk.metrics.events import Metrics, Retried
 from inventory_sdk.stock.journal import UnreadableEntry
@@ -33,6 +33,8 @@ _PASSING: Final = (
     exceptions.ReadOnlyError,
     exceptions.TryAgainError,
     exceptions.ClusterDownError,
+    exceptions.ClusterError,  # too many redirections while a slot moves
+    exceptions.RedisClusterException,  # no node answers, or nobody has the slot
 )
 
 
@@ -40,7 +42,7 @@ class StreamConsumer:
     """A place in one journal. Moves on when ``get`` returns; a new consumer begins at the ledger's watermark."""
 
     def __init__(
-        self, client_factory: Callable[[], Redis], key: str, partition: int, epoch: int, after: int, metrics: Metrics | None
+        self, client_factory: Callable[[], Redis | RedisCluster], key: str, partition: int, epoch: int, after: int, metrics: Metrics | None
     ) -> None:
         self._client_factory = client_factory
         self._key = key
@@ -86,7 +88,7 @@ class StreamConsumer:
         ((_, entries),) = answer  # RESP2: [[key, [entry, …]]]
         return list(entries)
 
-    async def _pause(self, error: exceptions.RedisError, remaining: float) -> None:
+    async def _pause(self, error: Exception, remaining: float) -> None:
         if self._metrics is not None:
             self._metrics.record(Retried("queue", type(error).__name__))
         log.warning("reading the journal %s failed and is tried again: %s", self._key, error)
@@ -111,7 +113,7 @@ class StreamQueue:
     ``confirms`` is False: Redis has the only copy until the ledger has it.
     """
 
-    def __init__(self, client_factory: Callable[[], Redis], namespace: str, metrics: Metrics | None = None) -> None:
+    def __init__(self, client_factory: Callable[[], Redis | RedisCluster], namespace: str, metrics: Metrics | None = None) -> None:
         self._client_factory = client_factory
         self._namespace = namespace
         self._metrics = metrics
@@ -156,7 +158,7 @@ class StreamQueue:
                     key = self._key(message.partition, "applied")
                     pipeline.xadd(key, fields, maxlen=MAX_ANNOUNCEMENTS, approximate=True)
                 await pipeline.execute()
-        except exceptions.RedisError as error:
+        except (exceptions.RedisError, exceptions.RedisClusterException) as error:
             raise PublishFailed(f"{len(messages)} announcements may not have been made: {error!r}") from error
 
     async def check(self) -> list[str]:
