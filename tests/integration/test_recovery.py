@@ -426,13 +426,14 @@ async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_th
 ) -> None:
     ledger = SqlLedger(postgresql_url, prefix=f"{namespace}_")
     await ledger.create_schema()
+    inside, go = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[Any]] = []
     try:
         assert await ledger.raise_epoch(0, 0)
         async with ledger.rebuilding(0, 1) as reading:
             await reading.open()
         pairs = [key_of("m", "a"), 10]
         await ledger.enter(0, 1, [Entering("restock", key_of("m", "po"), fingerprint("restock", "", pairs), tuple(pairs))])
-        inside, go = asyncio.Event(), asyncio.Event()
 
         async def slow(moves: Sequence[Movement], session: AsyncSession) -> None:
             inside.set()
@@ -444,6 +445,7 @@ async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_th
         if raised == "before it began":
             assert await ledger.raise_epoch(0, 1)
         applying = asyncio.create_task(ledger.apply(0, 1, [entry], [slow]))
+        tasks.append(applying)
         await inside.wait()
 
         async def rebuild() -> list[Balance]:
@@ -455,6 +457,7 @@ async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_th
             return found
 
         rebuilding = asyncio.create_task(rebuild())
+        tasks.append(rebuilding)
         done, _ = await asyncio.wait([rebuilding], timeout=0.3)
         assert not done, "Redis is not filled over an open transaction"
         go.set()
@@ -463,6 +466,8 @@ async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_th
         assert [(row.available, row.reserved) for row in found] == [(6, 0)]
         assert await ledger.verify() == []
     finally:
+        go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
         async with ledger.engine.begin() as connection:
             await connection.run_sync(ledger.tables.metadata.drop_all)
         await ledger.close()
