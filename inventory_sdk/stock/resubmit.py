@@ -22,14 +22,16 @@ from inventory_sdk.stock.batch import (
 from inventory_sdk.stock.records import PIN_OVERDUE_MS
 
 _TAKES: Final = (Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST)
+SETTLED: Final = frozenset({Kind.EXPIRE, Kind.CREDIT, Kind.VOID, Kind.CORRECT, Kind.KEEP})
+"""Kinds that need nothing in another epoch: it expires by itself, its rebuild included what was credited, voided or corrected, and
+a ``keep`` holds no longer than its epoch."""
 _TIMED: Final = (Kind.EXTEND, Kind.RESUME)
 _REFUSED: Final = {SHORT: "insufficient", CONFLICT: "conflict", CLOSED: "closed", NOT_OPEN: "closed"}
 _PASSING: Final = {FROZEN: "frozen", PIN: "pinned", JOURNAL_FULL: "behind a full journal"}
 
 
 def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
-    """The batch operation; None for what the current epoch does by itself (an expiry) or has done with its rebuild (credits,
-    voids, corrections), and for a ``keep``, which holds no longer than its epoch."""
+    """The batch operation; None for kinds that are ``SETTLED``, or unknown here."""
     kind, key, mark, lines, _, order, reference, expires_at, extra = operation
     left = max(1, expires_at - at_ms) if expires_at else 0
     if kind in _TAKES:

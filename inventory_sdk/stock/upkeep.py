@@ -18,7 +18,7 @@ from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_L
 from inventory_sdk.stock.givers import sweep
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_reservation, write_result
-from inventory_sdk.stock.resubmit import late_verdict, resubmission
+from inventory_sdk.stock.resubmit import SETTLED, late_verdict, resubmission
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 KEEP_APPLIED_MS: Final = 600_000
@@ -108,7 +108,7 @@ class Upkeep:
         refused, in a word. ``StockFrozen`` when ``epoch`` is not the open one; ``Overloaded`` for what passes by itself."""
         batched = resubmission(operation, at_ms)
         if batched is None:
-            return ""
+            return "" if operation.kind in SETTLED else "unknown_kind"
         try:
             return late_verdict(await self._make(partition, epoch, batched, later=True))
         except UnknownStock:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from inventory_sdk import Inventory, Line, Movement, Receipt
 from inventory_sdk.errors import InventoryError, OutcomeUnknown, ReservationClosed, ReservationNotFound, StockFrozen
-from inventory_sdk.ledger.protocol import Entering, Void
+from inventory_sdk.ledger.protocol import Balance, Entering, Void
 from inventory_sdk.ledger.schema import tables
 from inventory_sdk.ledger.sql import SqlLedger
 from inventory_sdk.metrics import NoMetrics
@@ -420,16 +420,20 @@ async def test_other_partitions_sell_on_while_one_waits_for_rabbitmq(site: Site,
 # The ledger ------------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_the_rebuild(postgresql_url: str, namespace: str) -> None:
+@pytest.mark.parametrize("raised", ["after it began", "before it began"])
+async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_the_rebuild(
+    postgresql_url: str, namespace: str, raised: str
+) -> None:
     ledger = SqlLedger(postgresql_url, prefix=f"{namespace}_")
     await ledger.create_schema()
+    inside, go = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[Any]] = []
     try:
         assert await ledger.raise_epoch(0, 0)
         async with ledger.rebuilding(0, 1) as reading:
             await reading.open()
         pairs = [key_of("m", "a"), 10]
         await ledger.enter(0, 1, [Entering("restock", key_of("m", "po"), fingerprint("restock", "", pairs), tuple(pairs))])
-        inside, go = asyncio.Event(), asyncio.Event()
 
         async def slow(moves: Sequence[Movement], session: AsyncSession) -> None:
             inside.set()
@@ -438,20 +442,32 @@ async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_th
         line = [key_of("m", "a"), 4]
         operation = JournalOperation("deduct", key_of("m", "o"), fingerprint("deduct", "", line), line, [6], "", "", 0, "")
         entry = JournalEntry(0, 1, 1, "n", 1_700_000_000_000, (operation,))
+        if raised == "before it began":
+            assert await ledger.raise_epoch(0, 1)
         applying = asyncio.create_task(ledger.apply(0, 1, [entry], [slow]))
+        tasks.append(applying)
         await inside.wait()
-        raising = asyncio.create_task(ledger.raise_epoch(0, 1))
-        done, _ = await asyncio.wait([raising], timeout=0.3)
-        assert not done, "the epoch is not raised over an open transaction"
+
+        async def rebuild() -> list[Balance]:
+            if raised == "after it began":
+                assert await ledger.raise_epoch(0, 1)
+            async with ledger.rebuilding(0, 2) as reading:
+                found = [row async for rows in reading.balances(10) for row in rows]
+                await reading.open()
+            return found
+
+        rebuilding = asyncio.create_task(rebuild())
+        tasks.append(rebuilding)
+        done, _ = await asyncio.wait([rebuilding], timeout=0.3)
+        assert not done, "Redis is not filled over an open transaction"
         go.set()
         await applying
-        assert await raising
-        async with ledger.rebuilding(0, 2) as reading:
-            found = [row async for rows in reading.balances(10) for row in rows]
-            await reading.open()
+        found = await rebuilding
         assert [(row.available, row.reserved) for row in found] == [(6, 0)]
         assert await ledger.verify() == []
     finally:
+        go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
         async with ledger.engine.begin() as connection:
             await connection.run_sync(ledger.tables.metadata.drop_all)
         await ledger.close()

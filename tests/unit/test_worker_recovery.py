@@ -149,9 +149,14 @@ async def test_a_ledger_that_went_back_is_frozen_named_and_caught_up_from_the_jo
     monkeypatch.setattr("inventory_sdk.sync.follower.LOOK", 0.01)
     for sequence in range(1, 6):
         shop.redis.write(sequence)
+    if who == "the same worker":  # its own memory, Redis was not told
+
+        async def trim(*_: Any) -> None: ...
+
+        monkeypatch.setattr(shop.redis, "trim", trim)
     worker = shop.worker()
     await worker.start()
-    await until(lambda: shop.ledger.watermark() == 5 and shop.redis.told_applied == 5)
+    await until(lambda: shop.ledger.watermark() == 5 and (who == "the same worker" or shop.redis.told_applied == 5))
     if who == "a new worker":
         await worker.stop()
         worker = shop.worker()
