@@ -62,6 +62,14 @@ class Proxy:
         """What was held goes on."""
         self._flowing.set()
 
+    def strand(self) -> asyncio.Event:
+        """What is connected now hangs, what connects from now on flows: a lost route for some. Setting the event lets through
+        what was on its way, however late, also for clients that have given up."""
+        stranded, self._flowing = self._flowing, asyncio.Event()
+        self._flowing.set()
+        stranded.clear()
+        return stranded
+
     def mute(self, silent: bool = True) -> None:
         """Requests arrive and are executed; their answers are swallowed until the next ``cut``."""
         self._mute = silent
@@ -74,15 +82,16 @@ class Proxy:
             return
         self.connections += 1
         self._writers |= {writer, far_writer}
+        flowing = self._flowing
         for source, sink, answers in ((reader, far_writer, False), (far_reader, writer, True)):
-            pump = asyncio.create_task(self._pump(source, sink, answers))
+            pump = asyncio.create_task(self._pump(source, sink, answers, flowing))
             self._pumps.add(pump)
             pump.add_done_callback(self._pumps.discard)
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool, flowing: asyncio.Event) -> None:
         try:
             while data := await source.read(65536):
-                await self._flowing.wait()
+                await flowing.wait()
                 if answers and self._mute:
                     continue
                 sink.write(data)

@@ -35,7 +35,6 @@ MERCHANTS: Final = ("m1", "m2", "m3")
 PARTITIONS: Final = 2
 PATIENCE: Final = 60.0
 """Seconds that everything gets to come to rest."""
-SCARCE: Final = 400
 ACTS: Final = {"deduct": 5, "reserve": 3, "brief": 1, "restock": 0.5}
 LEVELS: Final = ("redis", "queue", "queue", "queue", "queue", "database")
 
@@ -118,6 +117,8 @@ class Stand:
     seed: int
     skus: dict[str, int] = field(default_factory=lambda: {"scarce": 2, "ample": 3})
     levels: Sequence[str] = LEVELS
+    scarce: int = 400
+    """Units of the SKU ``scarce`` that each shop begins with."""
     acts: Mapping[str, float] = field(default_factory=lambda: dict(ACTS))
     callers: list[Process] = field(default_factory=list)
     workers: list[Process] = field(default_factory=list)
@@ -131,7 +132,7 @@ class Stand:
             for _ in range(workers):
                 self.add_worker()
             for merchant in MERCHANTS:
-                opening = [Line(sku, SCARCE if sku == "scarce" else 10**6) for sku in self.skus]
+                opening = [Line(sku, self.scarce if sku == "scarce" else 10**6) for sku in self.skus]
                 await self.inventory.stock.restock(opening, merchant=merchant, operation_id="opening")
         for _ in range(callers):
             self.add_caller(sellers)

@@ -80,6 +80,17 @@ async def test_processes_and_redis_that_hang_and_go_on_do_nothing_twice_and_noth
         await here.settled()
 
 
+async def test_scripts_that_were_stuck_in_dead_connections_take_nothing_that_their_callers_were_refused(
+    redis: RedisServer, postgres: PostgresServer, amqp_url: str, folder: Path, namespace: str
+) -> None:
+    acts = {"deduct": 6, "reserve": 3, "restock": 2}
+    # So little stock that calls are refused all the time, and units that come back which a late script could take.
+    async with stand(redis.url, amqp_url, postgres.url, folder, namespace, acts=acts, skus={"scarce": 2}, scarce=10) as here:
+        await here.open(sellers=12)
+        await here.attack({"strand_redis": breaking.strand_redis})
+        await here.settled()
+
+
 async def test_redis_that_crashes_and_comes_back_from_its_file_has_lost_nothing(
     redis: RedisServer, postgres: PostgresServer, amqp_url: str, folder: Path, namespace: str
 ) -> None:
