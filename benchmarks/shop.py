@@ -1,7 +1,8 @@
 """The service under load: an Inventory from the environment, with or without writes of its own.
 
 ``inventory-sdk worker benchmarks.shop:inventory`` runs its worker. INVENTORY_BENCH_NAME names namespace and tables,
-INVENTORY_BENCH_WRITES is ``none``, ``batch`` (``writes_stock``) or ``later`` (a function per operation).
+INVENTORY_BENCH_WRITES is ``none``, ``batch`` (``writes_stock``) or ``later`` (a function per operation). INVENTORY_BENCH_WINDOW (seconds)
+and INVENTORY_BENCH_CAP (entries) make results and journal small, for ``benchmarks.endurance``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ product_log = Table(
 )
 _move = update(product).where(product.c.sku == bindparam("moved")).values(available=product.c.available + bindparam("units"))
 
-inventory = Inventory.from_env(redis=os.environ.get("INVENTORY_REDIS_URL", "memory://"), namespace=NAME, table_prefix=f"{NAME}_")
+inventory = Inventory.from_env(
+    redis=os.environ.get("INVENTORY_REDIS_URL", "memory://"),
+    namespace=NAME,
+    table_prefix=f"{NAME}_",
+    results_window=float(os.environ.get("INVENTORY_BENCH_WINDOW", "86400")),
+    journal_cap=int(os.environ.get("INVENTORY_BENCH_CAP", "1000000")),
+)
 
 if WRITES == "batch":
 

@@ -37,7 +37,8 @@ class Inventory(StockDecorators):
     None: the journal in Redis is the queue. ``database``: a SQLAlchemy URL with an async driver, or an AsyncEngine. ``merchant``:
     for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` is
     kept in the ledger and must be the same in every process. ``durability``: for calls that name none; None: ``"queue"`` where
-    one is configured, else ``"redis"``. ``metrics``: sinks; None: Prometheus' default registry.
+    one is configured, else ``"redis"``. ``metrics``: sinks; None: Prometheus' default registry. ``journal_cap``: entries of a
+    partition's journal, each a batch of operations, at which takes are refused with ``JournalFull`` until the worker has caught up.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -58,10 +59,13 @@ class Inventory(StockDecorators):
         table_prefix: str = "inventory_",
         redis_timeout: float = 2.0,
         results_window: float = 86_400.0,
+        journal_cap: int = 1_000_000,
     ) -> None:
         super().__init__()
         if type(partitions) is not int or not 1 <= partitions <= MAX_PARTITIONS:
             raise InvalidOperation("partitions", partitions, f"must be a whole number from 1 to {MAX_PARTITIONS}")
+        if type(journal_cap) is not int or journal_cap < 2:
+            raise InvalidOperation("journal_cap", journal_cap, "must be a whole number of at least 2 entries")
         check_text("namespace", namespace)
         if set(namespace) & set("{}:"):
             raise InvalidOperation("namespace", namespace, "must not contain braces or colons: they belong to the Redis keys")
@@ -71,7 +75,11 @@ class Inventory(StockDecorators):
             raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)} in this release")
         self._servers = servers_for(redis, queue, database)
         self._settings = StockSettings(
-            namespace=namespace, partitions=partitions, redis_timeout=redis_timeout, results_window=results_window
+            namespace=namespace,
+            partitions=partitions,
+            redis_timeout=redis_timeout,
+            results_window=results_window,
+            journal_cap=journal_cap,
         )
         self._prefix = table_prefix
         self._merchant = merchant

@@ -8,8 +8,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inventory_sdk.errors import DurabilityNotReached, InsufficientStock, InventoryError
-from inventory_sdk.ledger.protocol import Ledger, OperationRow
+from inventory_sdk.errors import DurabilityNotReached, InsufficientStock, InventoryError, OutcomeUnknown
+from inventory_sdk.ledger.protocol import Ledger, LedgerUnavailable, OperationRow
 from inventory_sdk.metrics import Happened, Metrics
 from inventory_sdk.model import OpeningBalance, Position, Shortage, split_key
 from inventory_sdk.redis_urls import close_client
@@ -20,9 +20,10 @@ from inventory_sdk.stock.engine import Engine, StockSettings
 from inventory_sdk.stock.entering import open_balances
 from inventory_sdk.stock.later import Registry
 from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 from inventory_sdk.sync.publish import Publisher
 from inventory_sdk.sync.queues import from_url
-from inventory_sdk.sync.queues.protocol import PublishFailed
+from inventory_sdk.sync.queues.protocol import PublishFailed, Unroutable
 from inventory_sdk.sync.recovery import open_first
 from inventory_sdk.sync.watermark import Watermark
 from inventory_sdk.sync.worker import Worker
@@ -96,8 +97,17 @@ class Running:
             await open_first(self.engine.upkeep, self.ledger, self.queue, partition)
         self.open = True
         if self._servers.embedded:
-            self._worker = self.make_worker()
-            await self._worker.start()
+            await self.embed_worker()
+
+    @property
+    def embedded_worker(self) -> Worker | None:
+        """The worker that runs inside; None where it runs elsewhere."""
+        return self._worker
+
+    async def embed_worker(self) -> None:
+        """Start a worker inside; ``close`` stops it."""
+        self._worker = self.make_worker()
+        await self._worker.start()
 
     def make_worker(self, **options: Any) -> Worker:
         """A worker over all partitions, on this loop's connections."""
@@ -139,12 +149,17 @@ class Running:
         if position.epoch == 0:  # it entered through the ledger
             return None
         if level == "queue":
-            await self._confirmed(position, batch)
+            await self._confirmed(position, key, batch)
             return None
         await self.watermark.reached(position, LEDGER_TIMEOUT)
-        return await self._verdict(position, key) if level == "database" else None
+        if level != "database":
+            return None
+        try:
+            return await self._verdict(position, key)
+        except LedgerUnavailable as error:
+            raise DurabilityNotReached(level, position, position, None, f"applied, but its verdict is not known: {error}") from error
 
-    async def _confirmed(self, position: Position, batch: Answered | None) -> None:
+    async def _confirmed(self, position: Position, key: str, batch: Answered | None) -> None:
         publication = batch.confirmed if batch is not None else None
         if publication is None:
             # A replay earns its level again; an entry that is trimmed has been applied.
@@ -155,8 +170,21 @@ class Running:
             publication = self._publisher.publish(*position, entries[0][1].decode())
         try:
             await publication
+        except Unroutable as error:
+            if await self._open_at(position):
+                # A broker that was emptied: the worker binds the epoch again and reads the entry from the journal.
+                raise DurabilityNotReached("queue", position, None, None, f"{error}; it stands in Redis") from error
+            why = f"epoch {position.epoch} of partition {position.partition} was ended before RabbitMQ confirmed it"
+            raise OutcomeUnknown(split_key(key)[1], why) from error
         except PublishFailed as error:
             raise DurabilityNotReached("queue", position, None, None, str(error)) from error
+
+    async def _open_at(self, position: Position) -> bool:
+        try:
+            hello = await self.engine.partitions[position.partition].hello()
+        except (NotExecuted, ReplyLost):
+            return False
+        return (hello.epoch, hello.state, hello.run_id_kept) == (position.epoch, "open", True)
 
     async def _verdict(self, position: Position, key: str) -> OperationRow | None:
         task = self._verdicts.get(position)

@@ -237,6 +237,7 @@ class PostgresServer:
     folder: Path
     user: str
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    settings: Sequence[str] = ()
 
     @property
     def url(self) -> str:
@@ -246,6 +247,7 @@ class PostgresServer:
         """Returns once it takes connections (after a crash: once it has recovered)."""
         command = [program("postgres"), "-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
         command += ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=100"]
+        command += [word for setting in self.settings for word in ("-c", setting)]
         with (self.folder / "postgres.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, **_as(self.user))
         ready = [program("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres"]
@@ -269,8 +271,8 @@ def _as(user: str) -> dict[str, Any]:
 
 
 @contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
-    """An empty PostgreSQL that keeps what it commits through a crash."""
+def postgres_server(*settings: str) -> Iterator[PostgresServer]:
+    """An empty PostgreSQL that keeps what it commits through a crash. ``settings``: ``name=value``."""
     user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
     initdb = program("initdb")
     with tempfile.TemporaryDirectory() as name:
@@ -280,7 +282,7 @@ def postgres_server() -> Iterator[PostgresServer]:
         made = [initdb, "-D", str(folder / "data"), "-U", "postgres", "-A", "trust", "-N", "--no-instructions"]
         subprocess.run(made, check=True, capture_output=True, **_as(user))
         (folder / "postgres.log").touch()
-        server = PostgresServer(free_ports(1)[0], folder, user)
+        server = PostgresServer(free_ports(1)[0], folder, user, settings=settings)
         try:
             server.start()
             yield server

@@ -211,6 +211,22 @@ class FakeLedger:
                 tuple(flat), tuple(operation.remaining), "applied", False, entry.at_ms,
             )  # fmt: skip
 
+    def extend(self, milliseconds: int) -> None:
+        for key, hold in self.holds.items():
+            if hold.state == "held" and hold.expires_at and not hold.pinned:
+                self.holds[key] = replace(hold, expires_at=hold.expires_at + milliseconds)
+
+    async def results(
+        self, partition: int, since_ms: int, before: tuple[int, int, int] | None, size: int
+    ) -> tuple[list[OperationRow], tuple[int, int, int] | None]:
+        def place(row: OperationRow) -> tuple[int, int, int]:
+            return row.at_ms, row.position.epoch, row.position.sequence
+
+        rows = [row for row in self.operations.values() if row.at_ms >= since_ms and (before is None or place(row) < before)]
+        rows.sort(key=place, reverse=True)
+        found = [row for row in rows if place(row) >= place(rows[:size][-1])]
+        return found, place(found[-1]) if len(found) < len(rows) else None
+
     def _close(self, kind: str, key: str, moved: dict[str, int]) -> None:
         hold = self.holds[key]
         flat = list(hold.lines)
@@ -240,6 +256,9 @@ class FakeRebuilding:
         rows = [row for row in self._ledger.holds.values() if row.state == "held"]
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
+
+    async def extend(self, milliseconds: int) -> None:
+        self._ledger.extend(milliseconds)
 
     async def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
         rows = [row for row in self._ledger.operations.values() if row.at_ms >= since_ms]
@@ -499,7 +518,8 @@ class Proxy:
             to_redis.close()
 
     def _match(self, arguments: list[bytes]) -> Fault | None:
-        digests = {script(name).digest.encode(): name for name in ("batch", "hello", "read", "load", "freeze", "rebuild", "tidy")}
+        names = ("batch", "hello", "read", "load", "freeze", "rebuild", "tidy", "suspect")
+        digests = {script(name).digest.encode(): name for name in names}
         name = digests.get(arguments[1], "") if arguments[0].upper() == b"EVALSHA" else arguments[0].decode().upper()
         self.calls.append(name)
         for fault in self._faults:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from inventory_sdk.ledger.protocol import (
     WritesStockFailed,
 )
 from inventory_sdk.metrics import Event
-from inventory_sdk.model import JournalEntry, Movement, Position
+from inventory_sdk.model import JournalEntry, JournalOperation, Movement, Position
 from inventory_sdk.stock.journal import encode
 from inventory_sdk.sync.queues.memory import MemoryQueue
 from inventory_sdk.sync.queues.protocol import Message
@@ -78,15 +79,18 @@ class FakeLedger:
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[int, PartitionRow]] = {}
-        self.nonces: dict[Position, str] = {}
+        self.nonces_of: dict[Position, str] = {}
         self.applied: list[tuple[int, int]] = []
+        self.rejected: list[tuple[str, str]] = []
         self.lost: list[int] = []
         self.applies = 0
         self.batches: list[int] = []
         self.operations: dict[str, int] = {}
         self.task_faults: list[Exception] = []
         self.down: Exception | None = None
+        self.lost_replies = 0
         self.refuse: dict[int, str] = {}
+        self.statuses: dict[Position, str] = {}
         self.voids: list[Void] = []
         self.credits: list[Credit] = []
         self.stale: list[ReservationRow] = []
@@ -114,14 +118,16 @@ class FakeLedger:
         rows = self.rows.get(partition, {})
         return [rows[epoch] for epoch in sorted(rows) if rows[epoch].state != "closed"]
 
-    async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
+    async def raise_epoch(self, partition: int, above: int, unless_open: bool = False) -> PartitionRow | None:
         await self._reach()
         rows = self.rows.setdefault(partition, {})
         newest = max(rows, default=0)
-        if newest > above:
+        if newest > above or (unless_open and newest and rows[newest].state == "open"):
             return None
         if newest:
-            rows[newest] = replace(rows[newest], state="draining")
+            rows[newest] = replace(rows[newest], state="closed" if rows[newest].state == "rebuilding" else "draining")
+            for forgotten in range(newest + 1, above + 1):
+                rows[forgotten] = PartitionRow(partition, forgotten, "draining", 0)
         rows[above + 1] = PartitionRow(partition, above + 1, "rebuilding", 0)
         return rows[above + 1]
 
@@ -163,7 +169,7 @@ class FakeLedger:
             old = 0
             for entry in sorted(entries, key=lambda entry: entry.sequence):
                 if entry.sequence <= row.applied:
-                    if self.nonces.get(Position(partition, epoch, entry.sequence)) != entry.nonce:
+                    if self.nonces_of.get(Position(partition, epoch, entry.sequence)) != entry.nonce:
                         raise ForkFound(f"{entry.sequence}")
                     old += 1
                     continue
@@ -191,26 +197,39 @@ class FakeLedger:
             refusals: list[Refusal] = []
             for entry in fresh:
                 where = Position(partition, epoch, entry.sequence)
-                self.nonces[where] = entry.nonce
+                self.nonces_of[where] = entry.nonce
                 self.applied.append((epoch, entry.sequence))
                 for index, operation in enumerate(entry.operations):
                     self.operations[operation.key] = self.operations.get(operation.key, 0) + 1
                     if (reason := self.refuse.get(entry.sequence)) is not None:
+                        self.statuses[where] = "duplicate" if reason == "duplicate" else "rejected"
                         refusals.append(Refusal(where, index, operation.kind, operation.key, reason, tuple(operation.lines)))
                         self.voids.append(Void(where, index, operation.key, operation.kind, "", (), reason != "duplicate"))
             self.lost += lost
+            self.nonces_of |= {Position(partition, epoch, sequence): "" for sequence in lost}
             if fresh:
                 self.batches.append(sum(len(entry.operations) for entry in fresh))
             rows[epoch] = replace(rows[epoch], applied=position)
+            if self.lost_replies:
+                self.lost_replies -= 1
+                raise ConnectionResetError("the reply to the commit was lost")
             return Applied(position, len(moves), tuple(refusals), old, 0)
 
     async def operations_at(self, positions: Sequence[Position]) -> list[OperationRow]:
         await self._reach()
         return [
-            OperationRow(where, 0, "m\x1fo", "deduct", "f", "", "", (), (), "applied", False, 0)
+            OperationRow(where, 0, "m\x1fo", "deduct", "f", "", "", (), (), self.statuses.get(where, "applied"), False, 0)
             for where in positions
-            if where in self.nonces
+            if where in self.nonces_of
         ]
+
+    async def nonces(self, positions: Sequence[Position]) -> dict[Position, str]:
+        await self._reach()
+        return {where: self.nonces_of[where] for where in positions if where in self.nonces_of}
+
+    async def reject(self, entry: JournalEntry, refused: Sequence[tuple[int, str]]) -> None:
+        await self._reach()
+        self.rejected += [(entry.operations[index].key, why) for index, why in refused]
 
     async def pending_voids(self, partition: int, epoch: int) -> list[Void]:
         await self._reach()
@@ -274,6 +293,11 @@ class FakeRedis:
         self.sequence = 0
         self.state = "open" if epoch else "missing"
         self.run_id_known = True
+        self.told_applied = 0
+        self.why, self.seen = "", 0
+        self.resubmitted: list[str] = []
+        self.refused: dict[str, str] = {}
+        self.signed_at = 0.0
         self.down: Exception | None = None
         self.reads: list[tuple[int, int | None]] = []
         self.voided: list[Void] = []
@@ -295,7 +319,7 @@ class FakeRedis:
     def empty(self) -> None:
         """FLUSHALL."""
         self.journal.clear()
-        self.epoch = self.sequence = 0
+        self.epoch = self.sequence = self.told_applied = 0
         self.state = "missing"
 
     async def read_journal(self, partition: int, epoch: int, after: int, upto: int | None, count: int) -> list[tuple[int, str]]:
@@ -308,13 +332,33 @@ class FakeRedis:
         )
         return found[:count]
 
+    async def read_back(self, partition: int, epoch: int, upto: int, count: int) -> list[tuple[int, str]]:
+        await self._reach()
+        found = sorted((sequence, text) for (each, sequence), text in self.journal.items() if each == epoch and sequence <= upto)
+        return found[::-1][:count]
+
+    async def resubmit(self, partition: int, epoch: int, operation: JournalOperation, at_ms: int) -> str:
+        await self._reach()
+        if epoch != self.epoch or self.state != "open":
+            raise StockFrozen("moved")
+        self.resubmitted.append(operation.key)
+        return self.refused.get(operation.key, "")
+
+    async def restore_older(self, partition: int, epoch: int, ledger: Any) -> bool:
+        return False
+
     async def journal_state(self, partition: int) -> JournalState:
         await self._reach()
         kept = [sequence for epoch, sequence in self.journal if epoch == self.epoch]
-        return JournalState(self.epoch, self.sequence, self.state, self.run_id_known, min(kept, default=None), 1_700_000_000_000)
+        oldest = min(kept, default=None)
+        return JournalState(
+            self.epoch, self.sequence, self.state, self.run_id_known, oldest, 1_700_000_000_000, self.told_applied, self.why, self.seen
+        )
 
     async def trim(self, partition: int, epoch: int, upto_sequence: int) -> None:
         self.trimmed.append(upto_sequence)
+        if epoch == self.epoch:
+            self.told_applied = max(self.told_applied, upto_sequence)
 
     async def void(self, partition: int, epoch: int, void: Void) -> None:
         await self._reach()
@@ -346,9 +390,10 @@ class FakeRedis:
         self.calls.append(f"freeze {epoch}")
         if epoch < self.epoch:
             raise StockFrozen("moved")
-        self.epoch, self.sequence, self.state = epoch, 0, "frozen"
+        self.epoch, self.sequence, self.state, self.told_applied = epoch, 0, "frozen", 0
+        self.why, self.seen = "", 0
 
-    async def rebuild(self, partition: int, epoch: int, rebuilding: FakeRebuilding) -> None:
+    async def rebuild(self, partition: int, epoch: int, rebuilding: FakeRebuilding, down_ms: int = 0) -> None:
         await self._reach()
         self.calls.append(f"rebuild {epoch}")
         await rebuilding.open()
@@ -358,9 +403,10 @@ class FakeRedis:
     async def heartbeat(self, partition: int, worker: str) -> None:
         await self._reach()
         self.signs.append(worker)
+        self.signed_at = time.monotonic()
 
     async def worker_seen(self, partition: int) -> float | None:
-        return 0.0 if self.signs else None
+        return time.monotonic() - self.signed_at if self.signs else None
 
     async def _reach(self) -> None:
         await asyncio.sleep(0)
@@ -407,7 +453,14 @@ class Shop:
     facts: Facts = field(default_factory=Facts)
 
     def worker(self, **options: Any) -> Worker:
-        options = {"idle": 0.01, "take_over": 0.05, "first_delay": 0.001, "longest_delay": 0.01, "housekeeping": 0.01} | options
+        options = {
+            "idle": 0.01,
+            "take_over": 0.05,
+            "first_delay": 0.001,
+            "longest_delay": 0.01,
+            "housekeeping": 0.01,
+            "publish_timeout": 0.01,
+        } | options
         redis: Any = self.redis
         ledger: Any = self.ledger
         return Worker(redis, ledger, self.queue, partitions=[0], metrics=self.facts, on_event=self.facts.on_event, name="w", **options)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import urlsplit, urlunsplit
@@ -61,15 +62,49 @@ def doctor(
     partitions: Annotated[int, typer.Option(min=1, envvar="INVENTORY_PARTITIONS")] = 1,
     durability: Annotated[str | None, typer.Option(help=f"A level it must keep: {', '.join(LEVELS)}")] = None,
     prefix: TablePrefix = "inventory_",
+    drill: Annotated[bool, typer.Option("--drill", help="Sell on a throw-away namespace, break things, count to the unit.")] = False,
 ) -> None:
-    """Check every connection and every setting that would break a promise. Exit code 1 when something must change."""
+    """Check every connection and every setting that would break a promise. Exit code 1 when something must change.
+
+    --drill then breaks one thing after another, in a namespace, queue and tables of its own that are removed afterwards: nothing of
+    yours is touched, but the servers have some load for half a minute.
+    """
     if durability is not None and durability not in LEVELS:
         raise refuse(f"--durability={durability!r}: must be one of {', '.join(LEVELS)}")
     if redis is None:
         raise refuse("no Redis: give --redis or set INVENTORY_REDIS_URL")
     if database is None:
         raise refuse("no database: give --database or set INVENTORY_DATABASE_URL")
-    run(report(Deployment(redis, queue, database, namespace, partitions, durability, prefix)))
+    deployment = Deployment(redis, queue, database, namespace, partitions, durability, prefix)
+    run(drilled(deployment) if drill else report(deployment))
+
+
+async def drilled(deployment: Deployment) -> bool:
+    """``report``, then every drill, each with its story; True when every promise held (what to change is said, but is no failure
+    of the drill)."""
+    from inventory_sdk.testing.drill import run as drills
+
+    await report(deployment)
+    held = True
+    with quiet():
+        async for finding in drills(deployment.redis, deployment.queue, deployment.database):
+            held = held and not finding.wrong
+            took = f" ({finding.seconds:.1f} s)" if finding.seconds else ""
+            typer.echo(f"{'BROKEN' if finding.wrong else 'HELD':<8}{finding.subject}: {finding.wrong or finding.story}{took}")
+    typer.echo("every promise held, to the unit" if held else "a promise was broken: keep this output, and stop selling on these servers")
+    return held
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What is broken on purpose need not be logged."""
+    log = logging.getLogger("inventory_sdk")
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 async def report(deployment: Deployment) -> bool:

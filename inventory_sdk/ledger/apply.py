@@ -62,10 +62,11 @@ async def apply(
     fresh, gone, redelivered = await _sift(connection, store, partition, epoch, entries, lost, applied)
     if not fresh and not gone:
         return Applied(applied, 0, (), redelivered, 0)
-    verdicts = await _judge(connection, store, partition, epoch, fresh, bool(writes), careful)
+    lost_from = await _lost_from(connection, store, partition, epoch, gone) if state == DRAINING else None
+    verdicts = await _judge(connection, store, partition, epoch, fresh, bool(writes), careful, lost_from)
     if verdicts.refusals and not careful:
         # A refused row claims nothing, so no constraint tells whether it was a repeat.
-        verdicts = await _judge(connection, store, partition, epoch, fresh, bool(writes), True)
+        verdicts = await _judge(connection, store, partition, epoch, fresh, bool(writes), True, lost_from)
     last = applied + len(fresh) + len(gone)
     # A lost entry has a row too, with no nonce: one that turns up later is a fork, and never mistaken for a redelivery.
     await store.bulk.insert(connection, store.tables.entry, ENTRY, [(partition, epoch, seq, "", 0, 0) for seq in gone])
@@ -136,10 +137,27 @@ def _fork(entry: JournalEntry) -> ForkFound:
     return ForkFound(f"journal entry {where}: nonce {entry.nonce!r} is not the one that the ledger has applied there")
 
 
+async def _lost_from(connection: AsyncConnection, store: Store, partition: int, epoch: int, gone: Sequence[int]) -> int | None:
+    """The first lost sequence of the epoch, those of this batch included."""
+    entry = store.tables.entry
+    query = select(func.min(entry.c.seq)).where(entry.c.partition == partition, entry.c.epoch == epoch, entry.c.nonce == "")
+    first = (await connection.execute(query)).scalar()
+    return min((seq for seq in (first, *gone[:1]) if seq is not None), default=None)
+
+
 async def _judge(
-    connection: AsyncConnection, store: Store, partition: int, epoch: int, fresh: Sequence[JournalEntry], movements: bool, careful: bool
+    connection: AsyncConnection,
+    store: Store,
+    partition: int,
+    epoch: int,
+    fresh: Sequence[JournalEntry],
+    movements: bool,
+    careful: bool,
+    lost_from: int | None,
 ) -> Verdicts:
-    verdicts = Verdicts(partition, await _learn(connection, store, partition, epoch, fresh, careful), movements)
+    known = await _learn(connection, store, partition, epoch, fresh, careful)
+    known.lost_from = lost_from
+    verdicts = Verdicts(partition, known, movements)
     for entry in fresh:
         verdicts.walk(entry)
     return verdicts
@@ -270,7 +288,7 @@ async def write_holds(connection: AsyncConnection, store: Store, holds: Iterable
             continue
         if hold.touched:
             touched.append((hold.key, hold.state, hold.fingerprint, hold.expires_at, hold.pinned))
-        moved += [(hold.key, *split_key(field), *hold.lines[field][1:]) for field in hold.moved]
+        moved += [(hold.key, *split_key(field), *hold.lines[field]) for field in hold.moved]
         lines += [(hold.key, *split_key(field), *hold.lines[field]) for field in hold.born]
     headers = [
         (
@@ -283,7 +301,7 @@ async def write_holds(connection: AsyncConnection, store: Store, holds: Iterable
     lines += [(hold.key, *split_key(field), *counts) for hold in new for field, counts in hold.lines.items()]
     await bulk.insert(connection, line, LINE, lines)
     await bulk.update(connection, header, ("key",), ("state", "fingerprint", "expires_at", "pinned"), touched)
-    await bulk.update(connection, line, ("key", "merchant", "sku"), ("open", "confirmed", "released"), moved)
+    await bulk.update(connection, line, ("key", "merchant", "sku"), ("original", "open", "confirmed", "released"), moved)
 
 
 async def call_writes(connection: AsyncConnection, writes: Sequence[WritesStock], movements: Sequence[Movement]) -> None:

@@ -36,6 +36,9 @@ CLAIMING: Final = frozenset({Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST, Kind.CONFIR
 
 HELD, CONFIRMED, RELEASED, EXPIRED = "held", "confirmed", "released", "expired"
 
+LOST: Final = "lost"
+"""Instead of a fingerprint: a reservation that the ledger knows only by what ended it, for its reserve is in a named loss."""
+
 OPERATION: Final = (
     "partition", "epoch", "seq", "index", "merchant", "operation_id", "claim", "kind", "order_id", "reference",
     "fingerprint", "lines", "receipt", "status", "kept", "at_ms", "reason",
@@ -164,6 +167,8 @@ class Known:
     voids: dict[tuple[int, int, int], list[Any]] = field(default_factory=dict)
     """Deltas of the voids that this batch makes; None where made already."""
     voids_made: set[tuple[int, int, int]] = field(default_factory=set)
+    lost_from: int | None = None
+    """The first sequence of this epoch that is lost for good: what follows it may concern an operation that went with it."""
 
 
 def parse_json(extra: str, where: object) -> dict[str, Any]:
@@ -397,6 +402,12 @@ class Verdicts:
             self._refuse(operation, extra, "duplicate", freeze=False)
             return
         hold = self.known.holds.get(reference)
+        if self._went_with_a_loss(hold, reference):
+            if kind == Kind.CONFIRM:
+                self._stand_in(operation, extra, hold)
+            else:
+                self._nothing_left(operation, extra, hold, EXPIRED if kind == Kind.EXPIRE else RELEASED)
+            return
         if hold is None or not hold.has(lines, 1):
             self._refuse(operation, extra, "closed", freeze=reference not in self.known.refused)
             return
@@ -420,6 +431,9 @@ class Verdicts:
             self._refuse(operation, extra, "duplicate", freeze=False)
             return
         hold = self.known.holds.get(reference)
+        if self._went_with_a_loss(hold, reference) or (hold is None and extra.get("stands_in")):
+            self._stand_in(operation, extra, hold)
+            return
         if hold is None or not hold.has(lines, 3):
             self._refuse(operation, extra, "closed", freeze=reference not in self.known.refused)
             return
@@ -459,6 +473,9 @@ class Verdicts:
         )
         whole = kind != Kind.RESERVE or (hold is not None and all(counts[0] == counts[1] for counts in hold.lines.values()))
         if take is None or not standing or not whole:
+            if take is None and hold is None and epoch == self._epoch and self._went_with_a_loss(None, reference):
+                self._row(operation._replace(lines=[], remaining=[]), extra, APPLIED)
+                return
             self._refuse(operation, extra, "closed", freeze=reference not in known.refused, signs=signs)
             return
         per_unit = LEDGER_DELTAS[kind].negated()
@@ -477,6 +494,47 @@ class Verdicts:
                 self.deleted.append(hold)
         if self._moving:
             self._tell(operation, per_unit, extra, reference if hold is not None else None, take.order)
+
+    # What concerns an operation in a named loss. Its take never reached the ledger, so there is nothing to give back.
+
+    def _went_with_a_loss(self, hold: Hold | None, reference: str) -> bool:
+        lost_from = self.known.lost_from
+        if lost_from is None or self._seq < lost_from or reference in self.known.refused:
+            return False
+        return hold is None or hold.fingerprint == LOST
+
+    def _stand_in(self, operation: JournalOperation, extra: dict[str, Any], hold: Hold | None) -> None:
+        """A confirm carries its lines: it sells what the lost reserve had taken."""
+        lines, per_unit = operation.lines, LEDGER_DELTAS[Kind.REACQUIRE]
+        if not self._move(lines, per_unit):
+            self._refuse(operation, extra, "insufficient", freeze=True, signs=VOID_OF[operation.kind])
+            return
+        operation = operation._replace(kind=Kind.REACQUIRE)
+        self._claim(operation, self._accept(operation, extra))
+        if hold is None:
+            self._hold(operation._replace(fingerprint=LOST), operation.reference, CONFIRMED, {})
+            hold = self.known.holds[operation.reference]
+        for at in range(0, len(lines), 2):
+            if lines[at] in hold.lines:
+                counts = hold.lines[lines[at]]
+                hold.moved.add(lines[at])
+            else:
+                counts = hold.lines[lines[at]] = [0, 0, 0, 0]
+                hold.born.add(lines[at])
+            counts[0] += lines[at + 1]
+            counts[2] += lines[at + 1]
+        hold.state, hold.touched = CONFIRMED, True
+        if self._moving:
+            self._tell(operation, per_unit, extra, operation.reference, hold.order)
+
+    def _nothing_left(self, operation: JournalOperation, extra: dict[str, Any], hold: Hold | None, state: str) -> None:
+        """A release or expiry is true already. It is kept on record, so that the reserve, should it turn up late, takes nothing."""
+        operation = operation._replace(lines=[], remaining=[])
+        row = self._accept(operation, extra)
+        if operation.kind != Kind.EXPIRE:
+            self._claim(operation, row)
+        if hold is None:
+            self._hold(operation._replace(fingerprint=LOST), operation.reference, state, {})
 
     # What moves nothing.
 

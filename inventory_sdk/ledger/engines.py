@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from inventory_sdk.errors import InventoryError
 from inventory_sdk.ledger.dialects import KNOWN, Bulk, bulk_for
+from inventory_sdk.ledger.faults import faults_named
 
 BUSY_SECONDS: Final = 30.0
 """How long a writer waits for SQLite's only write transaction."""
@@ -155,7 +156,14 @@ class Engines:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction: committed when the block ends, rolled back when it raises or is cancelled."""
+        """A transaction: committed when the block ends, rolled back when it raises or is cancelled. ``LedgerUnavailable``."""
+        with faults_named() as opening:
+            async with self._writing() as connection:
+                opening.done = True
+                yield connection
+
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[AsyncConnection]:
         bound = self.bound()
         if not self.sqlite:
             async with bound.engine.begin() as connection:
@@ -176,13 +184,15 @@ class Engines:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that is rolled back."""
-        async with self.bound().engine.connect() as connection:
-            await connection.begin()
-            if self.sqlite and not await self._in_transaction(connection):
-                # The driver begins by itself only before a write; without this every statement would see another moment.
-                await connection.exec_driver_sql("BEGIN")
-            yield connection
+        """A transaction that is rolled back. ``LedgerUnavailable``."""
+        with faults_named() as opening:
+            async with self.bound().engine.connect() as connection:
+                opening.done = True
+                await connection.begin()
+                if self.sqlite and not await self._in_transaction(connection):
+                    # The driver begins by itself only before a write; without this every statement would see another moment.
+                    await connection.exec_driver_sql("BEGIN")
+                yield connection
 
     async def _begin_immediate(self, connection: AsyncConnection) -> None:
         if await self._in_transaction(connection):

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from inventory_sdk.errors import InventoryError
+from inventory_sdk.errors import InventoryError, Overloaded
 from inventory_sdk.model import JournalEntry, Movement, Position
 
 if TYPE_CHECKING:
@@ -33,6 +33,16 @@ class ForkFound(InventoryError):
 
 class WritesStockFailed(InventoryError):
     """The service's ``writes_stock`` raised; the transaction was rolled back. The cause is ``__cause__``."""
+
+
+class LedgerUnavailable(Overloaded):
+    """The database could not do it now: ``reason`` is a fixed word (``disconnected``, ``deadlock``, ``serialization``,
+    ``lock_timeout``, ``locked``, ``disk_full``, …), ``__cause__`` what the driver said. A transaction whose commit was under way
+    may stand; every method is safe to repeat."""
+
+    def __init__(self, reason: str, error: BaseException) -> None:
+        super().__init__(f"the ledger's database can't do this now ({reason}: {str(error).partition(chr(10))[0]})", retry_after=1.0)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +211,10 @@ class Rebuilding(Protocol):
         """Live ones (any line open)."""
         ...
 
+    async def extend(self, milliseconds: int) -> None:
+        """Give every running hold (not pinned, with an end) this much more time, in the ledger's rows."""
+        ...
+
     def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
         """Applied operations with a claim, at or after ``since_ms``, newest first."""
         ...
@@ -228,10 +242,11 @@ class Ledger(Protocol):
         """The newest epoch's row, None before the first start. Its ``applied`` is the watermark."""
         ...
 
-    async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
+    async def raise_epoch(self, partition: int, above: int, unless_open: bool = False) -> PartitionRow | None:
         """Close epoch ``above`` (0: none yet) for SQL-first entering and open a new one, ``above + 1``, in state ``rebuilding``;
-        None when another process won (a higher epoch exists). ``above`` may be ahead of a ledger that went back. The old
-        epoch's row stays open for ``apply`` until ``rebuilding`` ends it."""
+        None when another process won (a higher epoch exists; with ``unless_open`` also when the newest is open by now). A rebuild
+        under way is waited for. ``above`` may be ahead of a ledger that went back: the newest epochs that it has forgotten can be
+        applied to. The old epoch's row stays open for ``apply`` until ``rebuilding`` ends it, unless it was never opened."""
         ...
 
     def rebuilding(self, partition: int, epoch: int) -> AbstractAsyncContextManager[Rebuilding]:
@@ -274,6 +289,22 @@ class Ledger(Protocol):
         ...
 
     async def operations_at(self, positions: Sequence[Position]) -> list[OperationRow]: ...
+    async def nonces(self, positions: Sequence[Position]) -> dict[Position, str]:
+        """The nonces of those entries that the ledger has passed; empty for one that was lost."""
+        ...
+
+    async def results(
+        self, partition: int, since_ms: int, before: tuple[int, int, int] | None, size: int
+    ) -> tuple[list[OperationRow], tuple[int, int, int] | None]:
+        """A page of about ``size`` applied operations with a claim, newest first, of the entries from ``since_ms`` on and before
+        (at_ms, epoch, sequence); and where the next page begins, None at the end."""
+        ...
+
+    async def reject(self, entry: JournalEntry, refused: Sequence[tuple[int, str]]) -> None:
+        """Rows for operations (index, reason) of an entry that came after its epoch was closed and that the current epoch
+        refused: status ``rejected``, at a position of epoch 0, nothing moves."""
+        ...
+
     async def reservation(self, key: str) -> ReservationRow | None: ...
     async def take_stale(self, partition: int, before_ms: int, limit: int) -> list[ReservationRow]:
         """Live reservations opened before ``before_ms`` that were not reported yet; marks them as reported."""

@@ -7,9 +7,9 @@ still be applied) and ``closed`` once a rebuild has begun to read.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, insert, literal, select, tuple_, update
+from sqlalchemy import func, insert, literal, select, tuple_, update
 
 from inventory_sdk.ledger import rows
 from inventory_sdk.ledger.decide import APPLIED, HELD
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 
-async def newest(connection: AsyncConnection, store: Store, partition: int) -> PartitionRow | None:
+FORGOTTEN: Final = 16
+"""Epochs that a ledger which went back takes up again, the newest of them: a backup is not older than that many recoveries."""
+
+
+async def newest(connection: AsyncConnection, store: Store, partition: int, lock: bool = False) -> PartitionRow | None:
     """The newest epoch's row."""
     table = store.tables.partition
     query = (
@@ -30,7 +34,7 @@ async def newest(connection: AsyncConnection, store: Store, partition: int) -> P
         .order_by(table.c.epoch.desc())
         .limit(1)
     )
-    row = (await connection.execute(query)).first()
+    row = (await connection.execute(query.with_for_update() if lock else query)).first()
     return None if row is None else PartitionRow(*row)
 
 
@@ -64,7 +68,9 @@ async def take_stale(connection: AsyncConnection, store: Store, partition: int, 
     return [rows.reservation_row(found[key]) for key in keys]
 
 
-async def raise_epoch(connection: AsyncConnection, store: Store, partition: int, above: int) -> PartitionRow | None:
+async def raise_epoch(
+    connection: AsyncConnection, store: Store, partition: int, above: int, unless_open: bool = False
+) -> PartitionRow | None:
     """See ``Ledger.raise_epoch``; the caller commits. ``above`` may be ahead of the ledger (one that was restored from a backup):
     the new epoch is ``above + 1`` in any case."""
     table = store.tables.partition
@@ -72,13 +78,23 @@ async def raise_epoch(connection: AsyncConnection, store: Store, partition: int,
     await store.insert_if_absent(connection, table, zero)
     # Whoever holds this row decides on epochs; the others see the result.
     await connection.execute(select(table.c.applied).where(table.c.partition == partition, table.c.epoch == 0).with_for_update())
-    current = await newest(connection, store, partition)
+    # Locked: a rebuild of it is waited for, and what it left is what counts.
+    current = await newest(connection, store, partition, lock=True)
     if current is not None:
-        if current.epoch > above:
+        if current.epoch > above or (unless_open and current.state == OPEN):
             return None
-        await connection.execute(update(table).where(table.c.partition == partition, table.c.epoch == current.epoch).values(state=DRAINING))
+        # One that was never opened has accepted nothing.
+        ended = CLOSED if current.state == REBUILDING else DRAINING
+        await connection.execute(update(table).where(table.c.partition == partition, table.c.epoch == current.epoch).values(state=ended))
+        # Epochs that Redis has used and a restored ledger has forgotten: what the journal keeps of them is still to be applied.
+        for forgotten in range(max(current.epoch, above - FORGOTTEN) + 1, above + 1):
+            await connection.execute(insert(table).values(partition=partition, epoch=forgotten, state=DRAINING, applied=0))
     await connection.execute(insert(table).values(partition=partition, epoch=above + 1, state=REBUILDING, applied=0))
     return PartitionRow(partition, above + 1, REBUILDING, 0)
+
+
+HUNG_MS: Final = 60_000
+"""A rebuilder that says nothing to PostgreSQL for so long has hung (a chunk for Redis takes milliseconds)."""
 
 
 class Reading:
@@ -95,6 +111,10 @@ class Reading:
         """Take the epoch, close the older ones; ``EpochClosed`` when it is not the one that is being rebuilt."""
         tables = self._store.tables
         table = tables.partition
+        if self._store.dialect == "postgresql":
+            # Who takes over waits for this lock: a rebuilder that hangs must not keep it.
+            limit = func.set_config("idle_in_transaction_session_timeout", str(HUNG_MS), True)
+            await self._connection.execute(select(limit))
         query = select(table.c.state).where(table.c.partition == self._partition, table.c.epoch == self._epoch).with_for_update()
         state = (await self._connection.execute(query)).scalar()
         if state != REBUILDING:
@@ -139,28 +159,21 @@ class Reading:
                 return
             after = keys[-1]
 
+    async def extend(self, milliseconds: int) -> None:
+        """Give every running hold this much more time, for good: the next recovery begins from it."""
+        table = self._store.tables.reservation
+        running = [table.c.partition == self._partition, table.c.state == HELD, table.c.expires_at > 0, table.c.pinned.is_(False)]
+        await self._connection.execute(update(table).where(*running).values(expires_at=table.c.expires_at + milliseconds))
+
     async def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
         """Applied operations with a claim, newest first. What SQL-first operations remember is their process' clock."""
-        entry, operation = self._store.tables.entry, self._store.tables.operation
-        order = (entry.c.at_ms, entry.c.epoch, entry.c.seq, operation.c.index)
-        query = (
-            select(*rows.operation_columns(self._store))
-            .join(entry, and_(*(entry.c[name] == operation.c[name] for name in ("partition", "epoch", "seq"))))
-            .where(entry.c.partition == self._partition, entry.c.at_ms >= since_ms)
-            .where(operation.c.claim.is_not(None), operation.c.status == APPLIED)
-            .order_by(*(column.desc() for column in order))
-            .limit(size)
-        )
-        after: tuple[int, int, int, int] | None = None
+        before: tuple[int, int, int] | None = None
         while True:
-            page = query if after is None else query.where(tuple_(*order) < tuple_(*_bound(after, *order)))
-            found = [rows.operation_row(row) for row in await self._connection.execute(page)]
-            if found:
-                yield found
-            if len(found) < size:
+            found, before = await results_page(self._connection, self._store, self._partition, since_ms, before, size)
+            for at in range(0, len(found), size):
+                yield found[at : at + size]
+            if before is None:
                 return
-            last = found[-1]
-            after = (last.at_ms, last.position.epoch, last.position.sequence, last.index)
 
     async def open(self) -> None:
         """Set the epoch's state to open and commit."""
@@ -174,6 +187,35 @@ class Reading:
             raise EpochClosed(f"partition {self._partition}: epoch {self._epoch} is not rebuilding")
         await self._connection.commit()
         self.opened = True
+
+
+async def results_page(
+    connection: AsyncConnection, store: Store, partition: int, since_ms: int, before: tuple[int, int, int] | None, size: int
+) -> tuple[list[OperationRow], tuple[int, int, int] | None]:
+    """Applied operations with a claim, newest first, of the entries before (at_ms, epoch, seq): of as many entries as have
+    ``size`` operations, at least one. And where the next page begins, None at the end."""
+    entry, operation = store.tables.entry, store.tables.operation
+    order = (entry.c.at_ms, entry.c.epoch, entry.c.seq)
+    query = select(*order, entry.c.operations).where(entry.c.partition == partition, entry.c.at_ms >= since_ms)
+    if before is not None:
+        # The time once more by itself: that is what the index can begin from.
+        query = query.where(entry.c.at_ms <= before[0], tuple_(*order) < tuple_(*_bound(before, *order)))
+    entries = list(await connection.execute(query.order_by(*(column.desc() for column in order)).limit(size)))
+    chosen: list[tuple[int, int, int]] = []
+    carried = 0
+    for at_ms, epoch, seq, operations in entries:
+        carried += operations
+        if chosen and carried > size:
+            break
+        chosen.append((at_ms, epoch, seq))
+    keys = {(partition, epoch, seq) for _, epoch, seq in chosen}
+    columns = (*rows.OPERATION_COLUMNS, "claim")
+    read = await store.bulk.select(connection, operation, columns, ("partition", "epoch", "seq"), keys)
+    found = [rows.operation_row(row) for row in read if row[-1] is not None]
+    found = [row for row in found if row.status == APPLIED]
+    found.sort(key=lambda row: (row.at_ms, row.position, row.index), reverse=True)
+    ended = len(entries) < size and len(chosen) == len(entries)
+    return found, None if ended or not chosen else chosen[-1]
 
 
 def _bound(values: Sequence[Any], *columns: Any) -> list[Any]:

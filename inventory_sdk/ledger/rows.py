@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from inventory_sdk.ledger.dialects import Lock
 
-_OPERATION: Final = (
+OPERATION_COLUMNS: Final = (
     "partition", "epoch", "seq", "index", "merchant", "operation_id", "kind", "fingerprint", "order_id", "reference",
     "receipt", "status", "kept", "at_ms",
 )  # fmt: skip
@@ -84,7 +84,7 @@ def reservation_row(hold: Hold) -> ReservationRow:
 
 def operation_columns(store: Store) -> list[Any]:
     """What ``operation_row`` reads."""
-    return [store.tables.operation.c[name] for name in _OPERATION]
+    return [store.tables.operation.c[name] for name in OPERATION_COLUMNS]
 
 
 def operation_row(row: Sequence[Any]) -> OperationRow:
@@ -117,7 +117,7 @@ async def operation(connection: AsyncConnection, store: Store, key: str) -> Oper
 async def operations_at(connection: AsyncConnection, store: Store, positions: Iterable[Position]) -> list[OperationRow]:
     """All operations of these entries, in journal order."""
     found = await store.bulk.select(
-        connection, store.tables.operation, _OPERATION, ("partition", "epoch", "seq"), {tuple(position) for position in positions}
+        connection, store.tables.operation, OPERATION_COLUMNS, ("partition", "epoch", "seq"), {tuple(position) for position in positions}
     )
     return sorted((operation_row(row) for row in found), key=lambda row: (row.position, row.index))
 

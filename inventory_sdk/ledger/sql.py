@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])") from error
 
-from inventory_sdk.ledger import ddl, rebuild, rows, tasks
+from inventory_sdk.ledger import ddl, late, rebuild, rows, tasks
 from inventory_sdk.ledger import verify as checks
 from inventory_sdk.ledger.apply import apply
 from inventory_sdk.ledger.engines import Engines
@@ -95,10 +95,10 @@ class SqlLedger:
         async with self._engines.read() as connection:
             return await rebuild.newest(connection, self._store, partition)
 
-    async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
+    async def raise_epoch(self, partition: int, above: int, unless_open: bool = False) -> PartitionRow | None:
         """Open epoch ``above + 1`` in state ``rebuilding``; None when another process won."""
         async with self._engines.write() as connection:
-            return await rebuild.raise_epoch(connection, self._store, partition, above)
+            return await rebuild.raise_epoch(connection, self._store, partition, above, unless_open)
 
     @asynccontextmanager
     async def rebuilding(self, partition: int, epoch: int) -> AsyncIterator[Rebuilding]:
@@ -176,6 +176,23 @@ class SqlLedger:
         """All operations of these entries, in journal order."""
         async with self._engines.read() as connection:
             return await rows.operations_at(connection, self._store, positions)
+
+    async def nonces(self, positions: Sequence[Position]) -> dict[Position, str]:
+        """Nonces of the entries that are here; empty for a lost one."""
+        async with self._engines.read() as connection:
+            return await late.nonces(connection, self._store, positions)
+
+    async def results(
+        self, partition: int, since_ms: int, before: tuple[int, int, int] | None, size: int
+    ) -> tuple[list[OperationRow], tuple[int, int, int] | None]:
+        """A page of applied operations with a claim, newest first, and where the next one begins."""
+        async with self._engines.read() as connection:
+            return await rebuild.results_page(connection, self._store, partition, since_ms, before, size)
+
+    async def reject(self, entry: JournalEntry, refused: Sequence[tuple[int, str]]) -> None:
+        """Rows for operations of a late entry that the current epoch refused."""
+        async with self._engines.write() as connection:
+            await late.reject(connection, self._store, entry, refused)
 
     async def reservation(self, key: str) -> ReservationRow | None:
         """The reservation, whatever its state."""

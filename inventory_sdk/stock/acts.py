@@ -32,8 +32,7 @@ from inventory_sdk.stock.answers import closed, error, receipt, refused
 from inventory_sdk.stock.batch import ASK_LEDGER, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, REPLAY, TOO_LATE, Answer, Answered
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
-from inventory_sdk.stock.records import read_result
-from inventory_sdk.stock.upkeep import PIN_OVERDUE_MS
+from inventory_sdk.stock.records import PIN_OVERDUE_MS, read_result
 
 LEVELS: Final = ("redis", "queue", "database")
 

@@ -6,16 +6,17 @@ While one call is in flight the next batch gathers; there is no timer, so an idl
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
 
+from pydantic_core import from_json, to_json
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
 from inventory_sdk.errors import InventoryError, JournalFull, OutcomeUnknown, Overloaded, StockFrozen
@@ -53,7 +54,6 @@ _REASONS: Final = {
     ASK_LEDGER: "forgotten",
 }
 
-_dumps: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
 _PROCESS: Final = secrets.token_hex(4)
 _NUMBERS: Final = count()
 
@@ -121,6 +121,7 @@ class Batcher:
         self._on_refused = on_refused
         self._waiting: deque[_Waiting] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._unrecorded: list[BatchSent] = []
         self._loop = asyncio.get_running_loop()
 
     def submit(self, operation: list[Any], orphaned: Callable[[Answer], None] | None = None) -> asyncio.Future[Answer]:
@@ -149,6 +150,7 @@ class Batcher:
         """Waits for what is under way: an operation that was sent gets its answer."""
         while self._task is not None:
             await asyncio.wait([self._task])
+        self._record()
 
     async def _run(self) -> None:
         batch: list[_Waiting] = []
@@ -172,6 +174,8 @@ class Batcher:
             log.exception("batch %s/%s stopped", self.partition.number, self.lane)
         finally:
             self._task = None
+            if self._unrecorded:
+                self._loop.call_soon(self._record_if_idle)
 
     def _cut(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -199,6 +203,8 @@ class Batcher:
         while True:
             try:
                 await partition.known()
+                if partition.checked != partition.wire.made:
+                    await self._check_own()
                 not_after = str(partition.not_after())
                 sent = _Sent(new_nonce(), partition.epoch, partition.sequence, not_after, time.monotonic())
                 try:
@@ -228,6 +234,13 @@ class Batcher:
             else:
                 if status == b"ok":
                     return
+                if status == b"went_back":
+                    self._on_refused(partition.number, "went_back")
+                    why = f"Redis went back in time below {sent.epoch}-{sent.after}; the partition is being recovered"
+                    self._fail(batch, None, reason=why)
+                    with suppress(NotExecuted, ReplyLost):  # told before the next batch at the latest
+                        await partition.report()
+                    return
                 if status in (b"missing", b"run_id"):
                     self._on_refused(partition.number, status.decode())
                     self._fail(batch, partition.frozen("empty" if status == b"missing" else "on another server process"))
@@ -242,8 +255,10 @@ class Batcher:
     async def _call(self, batch: list[_Waiting], sent: _Sent, started: float) -> bytes:
         """One script call; its status. ``ok``: the callers have their answers; anything else: nothing was executed."""
         partition = self.partition
-        operations = _dumps([item.operation for item in batch])
+        operations = to_json([item.operation for item in batch])
         want_body = "1" if self._publish is not None else "0"
+        if self._unrecorded:
+            self._loop.call_soon(self._record)  # runs while Redis works on this one
         arguments = (sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations)
         reply = await partition.wire.run("batch", partition.keys, arguments)
         status: bytes
@@ -253,9 +268,30 @@ class Batcher:
             partition.forget()
             return status
         sequence = int(last)
+        decoded = from_json(answers)
+        # What was heard before the script was sent must be there, and an entry of its own must be behind it.
+        if sequence <= sent.after and (sequence < sent.after or any(answer[0] <= DONE for answer in decoded)):
+            partition.doubt("went_back")
+            return b"went_back"
         partition.heard(int(now), in_epoch.decode(), sequence)
-        self._deliver(batch, json.loads(answers), int(in_epoch), sequence, body, time.perf_counter() - started)
+        if self._deliver(batch, decoded, int(in_epoch), sequence, body, time.perf_counter() - started):
+            partition.own = (sent.epoch, sequence, sent.nonce)
         return status
+
+    async def _check_own(self) -> None:
+        """A connection was made, maybe to another server than before: does its journal have our last entry as we wrote it?"""
+        partition = self.partition
+        made = partition.wire.made
+        if partition.own is not None and partition.own[0] == partition.epoch:
+            epoch, sequence, nonce = partition.own
+            entries = await read_entries(partition, int(epoch), sequence - 1, sequence, 1)
+            if entries and f'"n":"{nonce}"'.encode() not in entries[0][1][:120]:
+                partition.doubt("fork")
+                self._on_refused(partition.number, "fork")
+                with suppress(NotExecuted, ReplyLost):
+                    await partition.report()
+                raise partition.frozen("suspect")
+        partition.checked = made
 
     async def _recover(self, batch: list[_Waiting], sent: _Sent, lost: ReplyLost, give_up: float, started: float) -> list[_Waiting]:
         """After a lost reply: what the journal says was done is delivered from there; the rest is returned, to be sent again."""
@@ -312,7 +348,8 @@ class Batcher:
             after = entries[-1][0]
         return None
 
-    def _deliver(self, batch: list[_Waiting], answers: list[list[Any]], epoch: int, sequence: int, body: bytes, seconds: float) -> None:
+    def _deliver(self, batch: list[_Waiting], answers: list[list[Any]], epoch: int, sequence: int, body: bytes, seconds: float) -> bool:
+        """Publish the entry and answer the callers; whether anything was journaled."""
         confirmed: Awaitable[Any] | None = None
         accepted: dict[str, int] = {}
         refused: dict[str, int] = {}
@@ -335,7 +372,18 @@ class Batcher:
                 item.future.set_result((answer, answered))
             elif item.orphaned is not None:
                 item.orphaned((answer, answered))
-        self._metrics.record(BatchSent(self.partition.number, self.lane, len(batch), accepted, refused, replayed, seconds))
+        self._unrecorded.append(BatchSent(self.partition.number, self.lane, len(batch), accepted, refused, replayed, seconds))
+        return bool(accepted)
+
+    def _record_if_idle(self) -> None:
+        if self._task is None:
+            self._record()
+
+    def _record(self) -> None:
+        """Metrics are counted when nobody waits for it: while Redis works on the next batch, or when there is none."""
+        events, self._unrecorded = self._unrecorded, []
+        for event in events:
+            self._metrics.record(event)
 
     def _fail(self, batch: list[_Waiting], error: Exception | None, cause: Exception | None = None, reason: str = "") -> None:
         for item in batch:

@@ -31,7 +31,8 @@ PIN_WAITS: Final = (0.01, 0.05, 0.1, 0.2, 0.4)
 
 @dataclass(frozen=True, slots=True)
 class StockSettings:
-    """What all processes on one stock share, and how this one talks to Redis. Times in seconds."""
+    """What all processes on one stock share, and how this one talks to Redis. Times in seconds; ``journal_cap`` in entries of one
+    partition (0: none), at which takes are refused."""
 
     namespace: str = "inventory"
     partitions: int = 1
@@ -72,6 +73,8 @@ class Engine:
             self.loader.load,
             settings.results_window,
             settings.results_most,
+            # Half of the cap: what is applied must never be what fills the journal.
+            settings.journal_cap // 2,
         )
 
     def home(self, merchant: str) -> Partition:

@@ -7,12 +7,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
 from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen, UnknownStock
-from inventory_sdk.ledger.protocol import Credit, Entering, EpochClosed
+from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, LedgerUnavailable
+from inventory_sdk.metrics.events import Retried
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.answers import refused
-from inventory_sdk.stock.batch import DONE, DONE_LINES, REPLAY
+from inventory_sdk.stock.batch import DONE, DONE_LINES, GIVE_UP, REPLAY
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_result
@@ -61,7 +64,7 @@ async def enter(
     for _ in range(5):
         await partition.known()
         try:
-            (entered,) = await engine.ledger.enter(partition.number, int(partition.epoch), [entering], engine.writes_stock)
+            entered = await _commit(engine, partition, entering)
         except EpochClosed:
             partition.forget()
             continue
@@ -90,6 +93,27 @@ async def enter(
     if answer[0] != DONE:
         raise refused(answer)
     return Done(entered.position, answer[1:], entered.replayed)
+
+
+async def _commit(engine: Engine, partition: Partition, entering: Entering) -> Entered:
+    """The transaction, again where the database could not: its id is known there if the lost one had committed."""
+
+    def count(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        engine.metrics.record(Retried("enter", getattr(error, "reason", "")))
+
+    again = AsyncRetrying(
+        retry=retry_if_exception_type(LedgerUnavailable),
+        wait=wait_random_exponential(0.05, 1.0),
+        stop=stop_after_delay(GIVE_UP),
+        before_sleep=count,
+        reraise=True,
+    )
+    try:
+        entered: list[Entered] = await again(engine.ledger.enter, partition.number, int(partition.epoch), [entering], engine.writes_stock)
+    except LedgerUnavailable as error:
+        raise OutcomeUnknown(split_key(entering.key)[1], str(error)) from error
+    return entered[0]
 
 
 async def _credited(engine: Engine, partition: Partition, credit: Credit, fields: Sequence[str]) -> list[Any]:

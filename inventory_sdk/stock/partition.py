@@ -27,7 +27,9 @@ KEY_NAMES: Final = (
 @dataclass(frozen=True, slots=True)
 class Hello:
     """What Redis says of a partition. ``epoch`` is None where there is no meta: a first start, or an emptied Redis.
-    ``oldest``: the sequence of this epoch's first entry that is still kept."""
+    ``oldest``: the sequence of this epoch's first entry that is still kept. ``applied``: what the ledger had applied when the
+    worker last kept house. ``why``, ``seen``: of a suspect partition. ``frozen_at``: when it stopped selling (ms). ``older``: how
+    far older results are restored, "" where all are."""
 
     now_ms: int
     epoch: int | None
@@ -36,6 +38,11 @@ class Hello:
     run_id_kept: bool
     oldest: int | None
     entries: int
+    applied: int = 0
+    why: str = ""
+    seen: int = 0
+    frozen_at: int = 0
+    older: str = ""
 
 
 class Partition:
@@ -49,6 +56,13 @@ class Partition:
         self.epoch = ""
         self.run_id = ""
         self.sequence = 0
+        self.suspicion: tuple[str, str, int] | None = None
+        """What this process has seen that can't be true of one history, until Redis was told: epoch, why, highest sequence."""
+        self.own: tuple[str, int, str] | None = None
+        """Epoch, sequence and nonce of the last entry that this process wrote."""
+        self.checked = 0
+        """How many connections had been made when ``own`` was last compared with the journal."""
+        self._counted = ""
         self._redis_ms = 0
         self._heard = 0.0
 
@@ -73,12 +87,19 @@ class Partition:
 
     async def hello(self) -> Hello:
         """Ask Redis, and remember epoch, server and time."""
+        counted, before = self._counted, self.sequence
         # All keys, though two are read: in a cluster it answers only while all of the partition is in one place.
         answer = await self.wire.run("hello", [self.keys[0], self.keys[9], *self.keys[1:9]], [])
-        now, epoch, sequence, state, opened_on, run_id, oldest, entries = answer
+        now, epoch, sequence, state, opened_on, run_id, oldest, entries, applied, why, seen, frozen_at, older = answer
         self.heard(int(now))
-        self.sequence = int(sequence)
-        self.epoch = epoch.decode()
+        in_epoch = epoch.decode()
+        if in_epoch != self._counted:
+            self._counted, self.sequence, self.suspicion = in_epoch, int(sequence), None
+        elif in_epoch == counted and int(sequence) < before and state == b"open":
+            self.doubt("went_back")
+        else:
+            self.sequence = max(self.sequence, int(sequence))
+        self.epoch = "" if self.suspicion else in_epoch
         self.run_id = run_id.decode()
         first = None
         if oldest:
@@ -91,6 +112,11 @@ class Partition:
             run_id_kept=opened_on == run_id,
             oldest=first,
             entries=int(entries),
+            applied=int(applied),
+            why=why.decode(),
+            seen=int(seen),
+            frozen_at=int(frozen_at),
+            older=older.decode(),
         )
 
     async def known(self) -> None:
@@ -98,12 +124,26 @@ class Partition:
         if self.epoch:
             return
         try:
+            if self.suspicion:
+                await self.report()
             hello = await self.hello()
         except ReplyLost as error:
             raise NotExecuted(str(error)) from error
         if hello.epoch is None or hello.state != "open" or not hello.run_id_kept:
             self.epoch = ""
             raise self.frozen(hello.state or "empty")
+
+    def doubt(self, why: str) -> None:
+        """Two histories were seen: nothing is sent any more before Redis was told. ``why``: ``went_back`` or ``fork``."""
+        self.suspicion = self._counted, why, self.sequence
+        self.epoch = ""
+
+    async def report(self) -> None:
+        """Close the partition in Redis for what was seen; the worker finds it so and recovers. May be repeated."""
+        if self.suspicion is not None:
+            epoch, why, sequence = self.suspicion
+            await self.wire.run("suspect", [self.keys[0]], [epoch, why, str(sequence)])
+            self.suspicion = None
 
     def forget(self) -> None:
         """Epoch or server have changed: ask again before the next batch."""

@@ -9,6 +9,8 @@ from inventory_sdk.ledger.protocol import OperationRow, ReservationRow
 from inventory_sdk.model import Line, Reservation, split_key
 
 RS: Final = "\x1e"
+PIN_OVERDUE_MS: Final = 60_000
+"""A pinned hold that nobody ended by then is resolved by whoever finds it, by asking its decider."""
 STATES: Final = {"h": "held", "p": "held", "c": "confirmed", "r": "released", "x": "expired"}
 _LETTERS: Final = {"held": "h", "confirmed": "c", "released": "r", "expired": "x"}
 

@@ -35,7 +35,12 @@ class RoutedScripts:
         self._guide = guide
         self._wires: dict[Address, Wire] = {}
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str]) -> Any:
+    @property
+    def made(self) -> int:
+        """Connections that were made so far, to any server."""
+        return sum(wire.made for wire in self._wires.values())
+
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
         """As ``Wire.run``, by the server that has the first key. Nothing is sent twice but what was refused unexecuted."""
 
         async def attempt(address: Address, asking: bool) -> Any:
@@ -47,7 +52,7 @@ class RoutedScripts:
             self._guide.doubt()
             raise
 
-    async def _run(self, address: Address, name: str, keys: Sequence[str], arguments: Sequence[str], asking: bool) -> Any:
+    async def _run(self, address: Address, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], asking: bool) -> Any:
         wire = self._wires.get(address)
         if wire is None:
             wire = self._wires[address] = Wire(self._guide.route.client(address), self.timeout)

@@ -9,20 +9,23 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from inventory_sdk.errors import InventoryError, StockFrozen
-from inventory_sdk.ledger.protocol import Credit, EpochClosed, Rebuilding, Void
-from inventory_sdk.model import fingerprint, key_of, split_key
+from redis.exceptions import OutOfMemoryError
+
+from inventory_sdk.errors import InventoryError, StockFrozen, UnknownStock
+from inventory_sdk.ledger.protocol import Credit, EpochClosed, Ledger, Rebuilding, Void
+from inventory_sdk.model import JournalOperation, fingerprint, key_of, split_key
 from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
 from inventory_sdk.stock.partition import Partition
-from inventory_sdk.stock.records import RS, write_reservation, write_result
+from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_reservation, write_result
+from inventory_sdk.stock.resubmit import late_verdict, resubmission
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 KEEP_APPLIED_MS: Final = 600_000
 """Applied journal entries stay this long, so that a ledger that went back is noticed and can be caught up."""
 HEARTBEAT_MS: Final = 10_000
 CHUNK: Final = 1000
-PIN_OVERDUE_MS: Final = 60_000
-"""A pinned hold that nobody ended by then is resolved by whoever finds it, by asking its decider."""
+RECENT_MS: Final = 600_000
+"""Results this young are restored before a partition opens: a caller that repeats does so within minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class JournalState:
     ``state``: ``open``, ``frozen`` or ``rebuilding`` (being recovered), ``missing`` (no meta: first start or emptied Redis; epoch
     and sequence are 0). ``sequence`` is the last entry that was written, ``oldest_kept_sequence`` the oldest of this epoch that is
     still in the stream (None: the stream has none). ``run_id_known``: it is the server process that the partition was opened on.
-    ``now_ms`` is Redis' clock."""
+    ``now_ms`` is Redis' clock. ``applied``: the highest watermark of the ledger that Redis was told. ``state`` ``suspect``: a
+    caller's process closed it because of ``why`` (``went_back``, ``fork``), having seen the entry ``seen``."""
 
     epoch: int
     sequence: int
@@ -40,6 +44,9 @@ class JournalState:
     run_id_known: bool
     oldest_kept_sequence: int | None
     now_ms: int
+    applied: int = 0
+    why: str = ""
+    seen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +73,45 @@ class Upkeep:
         load: Callable[[Partition, Sequence[str]], Awaitable[None]],
         results_window: float,
         results_most: int,
+        journal_most: int,
     ) -> None:
         self._partition = partition
         self._submit = submit
         self._load = load
         self._window_ms = str(int(results_window * 1000))
         self._most = str(results_most)
+        self._journal_most = str(journal_most)
 
     async def journal_state(self, partition: int) -> JournalState:
         """Ask Redis now."""
         hello = await self._partition(partition).hello()
         state = hello.state or "missing"
-        return JournalState(hello.epoch or 0, hello.sequence, state, hello.run_id_kept, hello.oldest, hello.now_ms)
+        epoch = hello.epoch or 0
+        return JournalState(
+            epoch, hello.sequence, state, hello.run_id_kept, hello.oldest, hello.now_ms, hello.applied, hello.why, hello.seen
+        )
 
     async def read_journal(self, partition: int, epoch: int, after: int, upto: int | None, count: int) -> list[tuple[int, str]]:
         """Entries of an epoch after a sequence, up to one (None: the end), at most ``count``: (sequence, body)."""
         entries = await read_entries(self._partition(partition), epoch, after, upto, count)
         return [(sequence, body.decode()) for sequence, body in entries]
+
+    async def read_back(self, partition: int, epoch: int, upto: int, count: int) -> list[tuple[int, str]]:
+        """The last ``count`` entries of an epoch up to a sequence, newest first: (sequence, body)."""
+        view = self._partition(partition)
+        found = await self._client(view).xrevrange(view.key("journal"), f"{epoch}-{upto}", f"{epoch}-1", count=count)
+        return [(int(bytes(name).partition(b"-")[2]), fields[b"b"].decode()) for name, fields in found]
+
+    async def resubmit(self, partition: int, epoch: int, operation: JournalOperation, at_ms: int) -> str:
+        """A late operation once more, under its id, in the open epoch: "" when it stands (or never had to), else why it was
+        refused, in a word. ``StockFrozen`` when ``epoch`` is not the open one; ``Overloaded`` for what passes by itself."""
+        batched = resubmission(operation, at_ms)
+        if batched is None:
+            return ""
+        try:
+            return late_verdict(await self._make(partition, epoch, batched, later=True))
+        except UnknownStock:
+            return "unknown_stock"
 
     async def void(self, partition: int, epoch: int, void: Void) -> None:
         """The exact inverse of a refused entry, once; ``StockFrozen`` when its epoch is not the open one."""
@@ -99,7 +128,7 @@ class Upkeep:
         """Raise the counters by what entered through the ledger, once; ``StockFrozen`` when its epoch is not the open one."""
         await self._make(partition, epoch, credit_operation(credit))
 
-    async def _make(self, partition: int, epoch: int, operation: list[Any]) -> Answer:
+    async def _make(self, partition: int, epoch: int, operation: list[Any], later: bool = False) -> Answer:
         view = self._partition(partition)
         for _ in range(5):
             await view.known()
@@ -107,7 +136,7 @@ class Upkeep:
                 raise StockFrozen(f"epoch {epoch} of partition {partition} is over, {view.epoch} is open", retry_after=0.5)
             answer = await self._submit(view, operation)
             code = answer[0][0]
-            if code in (DONE, DONE_LINES, REPLAY):
+            if code in (DONE, DONE_LINES, REPLAY) or (later and code != NOT_LOADED):
                 return answer
             if code != NOT_LOADED:
                 raise InventoryError(f"{operation[0]} {operation[1]!r} was refused: {answer[0]}")
@@ -161,7 +190,7 @@ class Upkeep:
         return answer
 
     async def trim(self, partition: int, epoch: int, upto_sequence: int) -> None:
-        """Entries up to this one are applied; those older than ten minutes go."""
+        """Entries up to this one are applied; those older than ten minutes go, all of them where room is short."""
         await self._tidy(partition, epoch, upto_sequence)
 
     async def rotate(self, partition: int) -> None:
@@ -173,7 +202,7 @@ class Upkeep:
     async def _tidy(self, partition: int, epoch: int, applied: int) -> None:
         view = self._partition(partition)
         keys = [view.key("meta"), view.key("results:0"), view.key("results:1"), view.key("journal")]
-        arguments = [str(epoch), self._window_ms, self._most, str(applied), str(KEEP_APPLIED_MS)]
+        arguments = [str(epoch), self._window_ms, self._most, str(applied), str(KEEP_APPLIED_MS), self._journal_most]
         await view.wire.run("tidy", keys, arguments)
 
     def _client(self, view: Partition) -> Any:
@@ -182,7 +211,13 @@ class Upkeep:
     async def heartbeat(self, partition: int, worker: str) -> None:
         """A sign of life that lasts ten seconds."""
         view = self._partition(partition)
-        await view.wire.client.set(view.key("worker"), f"{time.time():.3f} {worker}", px=HEARTBEAT_MS)
+        client: Any = self._client(view)
+        try:
+            await client.set(view.key("worker"), f"{time.time():.3f} {worker}", px=HEARTBEAT_MS)
+        except OutOfMemoryError:
+            # A full Redis still lets an earlier sign live on, and callers that wait for the ledger must see it: it is what ends this.
+            if not await client.pexpire(view.key("worker"), HEARTBEAT_MS):
+                raise
 
     async def worker_seen(self, partition: int) -> float | None:
         """Seconds since a worker of this partition gave a sign of life; None: not in the last ten seconds."""
@@ -198,31 +233,48 @@ class Upkeep:
         if not frozen:
             raise EpochClosed(f"partition {partition} is past epoch {epoch}")
 
-    async def rebuild(self, partition: int, epoch: int, rebuilding: Rebuilding, extend_ms: int = 0) -> None:
-        """Write balances, live reservations (their time extended by ``extend_ms``) and recent results, then commit the ledger's
-        side, then open: a Redis that accepts must find an open epoch in the ledger.
+    async def rebuild(self, partition: int, epoch: int, rebuilding: Rebuilding, down_ms: int = 0) -> None:
+        """Write balances, recent results and live reservations, then commit the ledger's side, then open: a Redis that accepts
+        must find an open epoch in the ledger. Older results follow behind the opening (``restore_older``).
 
-        Each chunk is fenced by epoch, state and its number; ``EpochClosed`` when somebody else rebuilds.
+        Holds get the time back that nobody could use: since Redis was frozen, or ``down_ms`` where the worker missed it for
+        longer. Each chunk is fenced by epoch, state and its number; ``EpochClosed`` when somebody else rebuilds.
         """
         view = self._partition(partition)
-        now = (await view.hello()).now_ms
-        chunks = _Chunks(self, view, epoch)
+        chunks = _Chunks(view, epoch)
         await chunks.write("begin", [])
         async for balances in rebuilding.balances(CHUNK):
             await chunks.write("balances", [x for row in balances for x in (row.field, row.available, row.reserved)])
+        recent = (await view.hello()).now_ms - min(RECENT_MS, int(self._window_ms))
+        async for results in rebuilding.results(CHUNK, recent):
+            await chunks.write("results", [x for row in results for x in (row.key, write_result(row))])
+        hello = await view.hello()
+        await rebuilding.extend(max(down_ms, hello.now_ms - hello.frozen_at))
         async for reservations in rebuilding.reservations(CHUNK):
             flat: list[Any] = []
             for row in reservations:
-                due = row.expires_at + extend_ms if row.expires_at else 0
-                if row.pinned:
-                    due = now + PIN_OVERDUE_MS
+                due = hello.now_ms + PIN_OVERDUE_MS if row.pinned else row.expires_at
                 flat += (row.key, write_reservation(row), due)
             await chunks.write("reservations", flat)
-        async for results in rebuilding.results(CHUNK, now - int(self._window_ms)):
-            await chunks.write("results", [x for row in results for x in (row.key, write_result(row))])
         await rebuilding.open()
-        await chunks.write("open", [])
+        await chunks.write("open", [f"{recent},0,0"])
         view.forget()
+
+    async def restore_older(self, partition: int, epoch: int, ledger: Ledger) -> bool:
+        """One more chunk of the results that a rebuild left for behind its opening; False when there is none left, or somebody
+        else wrote it. Any worker may; a chunk is written once."""
+        view = self._partition(partition)
+        hello = await view.hello()
+        if not hello.older or hello.epoch != epoch or hello.state != "open":
+            return False
+        at_ms, of_epoch, sequence = map(int, hello.older.split(","))
+        since = hello.now_ms - int(self._window_ms)
+        found, before = await ledger.results(partition, since, (at_ms, of_epoch, sequence), CHUNK)
+        values = [hello.older, ",".join(map(str, before)) if before is not None else ""]
+        for row in found:
+            values += (row.key, write_result(row))
+        arguments = [str(epoch), "0", "older", json.dumps(values)]
+        return bool(await view.wire.run("rebuild", view.keys[:9], arguments)) and before is not None
 
     async def _again(self, name: str, view: Partition, keys: Sequence[str], arguments: Sequence[str]) -> Any:
         """Freeze and rebuild scripts are fenced, so a lost reply is simply asked again."""
@@ -236,7 +288,7 @@ class Upkeep:
 
 
 class _Chunks:
-    def __init__(self, upkeep: Upkeep, view: Partition, epoch: int) -> None:
+    def __init__(self, view: Partition, epoch: int) -> None:
         self._view = view
         self._epoch = str(epoch)
         self._number = 0

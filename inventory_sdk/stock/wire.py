@@ -60,8 +60,8 @@ def script(name: str) -> Script:
     return Script(name)
 
 
-def _word(text: str) -> bytes:
-    data = text.encode()
+def _word(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
     return b"$%d\r\n%b\r\n" % (len(data), data)
 
 
@@ -74,7 +74,12 @@ class Scripts(Protocol):
     @property
     def timeout(self) -> float: ...
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str]) -> Any:
+    @property
+    def made(self) -> int:
+        """Connections that were made so far: each may have met another server than the last."""
+        ...
+
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
         """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
         ...
 
@@ -88,11 +93,12 @@ class Wire:
     def __init__(self, client: Redis, timeout: float) -> None:
         self.client = client
         self.timeout = timeout
+        self.made = 0
         self._idle: list[tuple[Any, float]] = []
         self._busy: set[Any] = set()
         self._heads: dict[tuple[str, str, int], bytes] = {}
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str], *, asking: bool = False) -> Any:
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], *, asking: bool = False) -> Any:
         """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``.
         ``asking``: the server doesn't own the slot yet, and serves one command behind an ``ASKING``."""
         text = script(name)
@@ -135,7 +141,7 @@ class Wire:
             else:
                 await connection.disconnect(nowait=True)
 
-    def _packed(self, name: str, digest: str, keys: Sequence[str], arguments: Sequence[str]) -> bytes:
+    def _packed(self, name: str, digest: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> bytes:
         """EVALSHA on the wire. All but the arguments is the same for every call of a script on a partition."""
         head = self._heads.get((name, keys[0], len(arguments)))
         if head is None:
@@ -168,6 +174,7 @@ class Wire:
             raise
         # With a time-out of its own, redis-py sends in a task of its own: later than all who are ready to run.
         connection.socket_timeout = None
+        self.made += 1
         return connection
 
     async def close(self) -> None:

@@ -7,9 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from inventory_sdk.ledger.protocol import Applied, EpochClosed, ForkFound, WatermarkMoved, WritesStock, WritesStockFailed
+from inventory_sdk.ledger.protocol import (
+    Applied,
+    EpochClosed,
+    ForkFound,
+    OperationRow,
+    Refusal,
+    WatermarkMoved,
+    WritesStock,
+    WritesStockFailed,
+)
 from inventory_sdk.metrics import events
-from inventory_sdk.model import JournalEntry, Movement, Position, split_key
+from inventory_sdk.model import JournalEntry, Kind, Movement, Position, split_key
+from inventory_sdk.sync.announcing import Announcer
 from inventory_sdk.sync.backoff import waited
 from inventory_sdk.sync.buffer import Buffer
 from inventory_sdk.sync.parts import Halted, Parts, log
@@ -20,7 +30,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 MAX_OPERATIONS: Final = 1000
-ANNOUNCE_ATTEMPTS: Final = 5
+REFUSED: Final = ("rejected", "duplicate")
+_TAKES: Final = frozenset({Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST, Kind.REACQUIRE})
 
 
 class Applier:
@@ -33,9 +44,11 @@ class Applier:
         on_applied: Callable[[Position], None],
         tasks_due: asyncio.Event,
         corrections_due: asyncio.Event,
+        announcer: Announcer,
         max_operations: int = MAX_OPERATIONS,
     ) -> None:
         self._parts = parts
+        self._announcer = announcer
         self._partition = partition
         self._on_applied = on_applied
         self._tasks_due = tasks_due
@@ -59,6 +72,7 @@ class Applier:
         parts = self._parts
         backoff = parts.backoff()
         named: tuple[int, str] | None = None
+        doubt = False
         while True:
             started = time.monotonic()
             entries = [*old, *run]
@@ -86,10 +100,17 @@ class Applier:
                 if await waited(parts.stopping, delay):
                     raise Halted from error
             except Exception as error:  # noqa: BLE001 - whatever a driver raises: the entries stay here, unacknowledged
+                doubt = True
                 delay = backoff.delay()
                 parts.retried("ledger", error, backoff.attempts)
                 await asyncio.sleep(delay)
-        await self._committed(buffer, entries, applied, time.monotonic() - started)
+        fresh = [entry for entry in entries if entry.sequence > buffer.watermark]
+        bodies = {entry.sequence: buffer.body(entry.sequence) for entry in fresh}
+        buffer.moved(applied.sequence, entries)
+        if doubt and fresh and not applied.operations:
+            # They were there already: our own commit, whose reply was lost. What it brought about is told all the same.
+            applied = await self._recount(buffer.epoch, fresh, applied)
+        self._tell(buffer.epoch, fresh, bodies, applied, time.monotonic() - started)
         return True
 
     async def reread(self, buffer: Buffer) -> None:
@@ -101,20 +122,21 @@ class Applier:
                 return
         raise EpochClosed(f"epoch {buffer.epoch} of partition {self._partition} takes no entries any more")
 
-    async def _committed(self, buffer: Buffer, entries: Sequence[JournalEntry], applied: Applied, seconds: float) -> None:
+    async def _recount(self, epoch: int, fresh: Sequence[JournalEntry], applied: Applied) -> Applied:
+        """What a lost reply would have said of these entries, from the ledger's rows."""
+        places = [Position(self._partition, epoch, entry.sequence) for entry in fresh]
+        rows = await self._parts.persist("ledger", lambda: self._parts.ledger.operations_at(places))
+        refusals = tuple(
+            Refusal(row.position, row.index, row.kind, row.key, _reason(row), row.lines) for row in rows if row.status in REFUSED
+        )
+        return Applied(applied.sequence, len(rows), refusals, applied.redelivered - len(fresh), 1)
+
+    def _tell(self, epoch: int, fresh: Sequence[JournalEntry], bodies: dict[int, str], applied: Applied, seconds: float) -> None:
+        """Metrics, handlers, waiting callers and subscribers hear of what was committed."""
         parts = self._parts
-        fresh = [entry for entry in entries if entry.sequence > buffer.watermark]
-        refused: dict[int, dict[int, str]] = {}
-        for refusal in applied.refusals:
-            refused.setdefault(refusal.position.sequence, {})[refusal.index] = refusal.reason
-        told = [
-            Message(self._partition, buffer.epoch, e.sequence, announcement(buffer.body(e.sequence), refused.get(e.sequence, {})))
-            for e in fresh
-        ]
-        buffer.moved(applied.sequence, entries)
-        if self._suspect is not None and buffer.watermark >= self._suspect:
+        if self._suspect is not None and applied.sequence >= self._suspect:
             self._suspect = None
-        self._on_applied(Position(self._partition, buffer.epoch, applied.sequence))
+        self._on_applied(Position(self._partition, epoch, applied.sequence))
         if applied.tasks:
             self._tasks_due.set()
         duplicates = sum(refusal.reason == "duplicate" for refusal in applied.refusals)
@@ -122,7 +144,7 @@ class Applier:
         parts.metrics.record(
             events.Applied(
                 partition=self._partition,
-                epoch=buffer.epoch,
+                epoch=epoch,
                 sequence=applied.sequence,
                 operations=applied.operations,
                 rejected=len(applied.refusals) - duplicates,
@@ -132,44 +154,36 @@ class Applier:
                 seconds=seconds,
             )
         )
+        refused: dict[int, dict[int, str]] = {}
+        for refusal in applied.refusals:
+            refused.setdefault(refusal.position.sequence, {})[refusal.index] = refusal.reason
+            self._tell_refusal(epoch, refusal)
         if applied.refusals:
             self._corrections_due.set()
-        for refusal in applied.refusals:
-            name = "duplicate" if refusal.reason == "duplicate" else "rejected"
-            merchant, operation_id = split_key(refusal.key)
-            where = f"{self._partition}/{buffer.epoch}-{refusal.position.sequence}[{refusal.index}]"
-            log.warning("ledger refused %s %r of merchant %r at %s: %s", refusal.kind, operation_id, merchant, where, refusal.reason)
-            parts.happened(name, partition=self._partition, kind=refusal.kind, reason=refusal.reason)
-            parts.tell(
-                name,
-                {
-                    "merchant": merchant,
-                    "operation_id": operation_id,
-                    "kind": refusal.kind,
-                    "reason": refusal.reason,
-                    "lines": refusal.lines,
-                    "position": refusal.position,
-                },
-            )
-        if told:
-            await self._announce(told)
+        self._announcer.tell(
+            [
+                Message(self._partition, epoch, e.sequence, announcement(bodies[e.sequence], refused.get(e.sequence, {})))
+                for e in fresh
+            ]
+        )  # fmt: skip
 
-    async def _announce(self, messages: Sequence[Message]) -> None:
-        backoff = self._parts.backoff()
-        while True:
-            try:
-                await self._parts.queue.announce(messages)
-                return
-            except Exception as error:  # noqa: BLE001 - counted and tried again
-                delay = backoff.delay()
-                self._parts.retried("announce", error, backoff.attempts)
-                if backoff.attempts >= ANNOUNCE_ATTEMPTS or self._parts.stopping.is_set():
-                    # Committed stock must not wait for subscribers: it is named, and they can read it from the ledger.
-                    first, last = messages[0].sequence, messages[-1].sequence
-                    log.exception("entries %d/%d-%d to %d were not announced", self._partition, messages[0].epoch, first, last)
-                    self._parts.happened("announce_failed", partition=self._partition)
-                    return
-            await asyncio.sleep(delay)
+    def _tell_refusal(self, epoch: int, refusal: Refusal) -> None:
+        name = "duplicate" if refusal.reason == "duplicate" else "rejected"
+        merchant, operation_id = split_key(refusal.key)
+        where = f"{self._partition}/{epoch}-{refusal.position.sequence}[{refusal.index}]"
+        log.warning("ledger refused %s %r of merchant %r at %s: %s", refusal.kind, operation_id, merchant, where, refusal.reason)
+        self._parts.happened(name, partition=self._partition, kind=refusal.kind, reason=refusal.reason)
+        self._parts.tell(
+            name,
+            {
+                "merchant": merchant,
+                "operation_id": operation_id,
+                "kind": refusal.kind,
+                "reason": refusal.reason,
+                "lines": refusal.lines,
+                "position": refusal.position,
+            },
+        )
 
     async def _name(
         self, buffer: Buffer, entry: JournalEntry, error: WritesStockFailed, lost: Sequence[int], before: tuple[int, str] | None
@@ -214,6 +228,13 @@ class Applier:
             position = Position(self._partition, buffer.epoch, entry.sequence)
             self._parts.tell("writes_stock_failed", {**facts, "position": position, "error": repr(cause)})
         return now
+
+
+def _reason(row: OperationRow) -> str:
+    """The rows keep that it was refused; why follows from the kind."""
+    if row.status == "duplicate":
+        return row.status
+    return "insufficient" if row.kind in _TAKES else "closed"
 
 
 class _ProbeDone(Exception):

@@ -35,8 +35,9 @@ class Buffer:
         """Take in a message of this epoch. ``ForkFound``: another entry has the same position."""
         sequence = message.sequence
         if sequence > self.watermark:
-            self._messages.setdefault(sequence, []).append(message)
+            # Read first: of a fork, only the copy that stays may be acknowledged with its sequence.
             self.read(sequence, message.body)
+            self._messages.setdefault(sequence, []).append(message)
         elif self._remembered.get(sequence) == hash(message.body):
             self._done.append(message)
         else:

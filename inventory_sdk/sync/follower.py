@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from inventory_sdk.ledger.protocol import EpochClosed, ForkFound, PartitionRow, WatermarkMoved
-from inventory_sdk.model import Position
+from inventory_sdk.model import JournalEntry
+from inventory_sdk.stock.journal import UnreadableEntry, decode
 from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
 from inventory_sdk.sync.backoff import Backoff, waited
 from inventory_sdk.sync.buffer import Buffer
+from inventory_sdk.sync.late import settle_late
 from inventory_sdk.sync.parts import Halted, Parts, log
 from inventory_sdk.sync.queues.protocol import Consumer, Message
-from inventory_sdk.sync.recovery import RecoveryNeeded, open_first, recover, until_readable
+from inventory_sdk.sync.recovery import Memory, RecoveryNeeded, open_first, recover, until_readable
 from inventory_sdk.sync.stock_side import JournalState
 
 T = TypeVar("T")
@@ -28,8 +30,14 @@ GATHER: Final = 0.005
 ENOUGH: Final = 100
 """Operations that are worth a transaction at once."""
 FILL_COUNT: Final = 1000
+REBIND: Final = 15.0
+"""Seconds after which an idle worker makes sure that the broker still lets its epoch in: one that was emptied returns every publish."""
 TAKE_OVER: Final = 10.0
-"""Seconds after which a half-done recovery counts as abandoned."""
+"""Seconds without a sign after which a half-done recovery counts as abandoned."""
+LOOK: Final = 1.0
+"""Seconds between looks at the ledger while nothing moves: it may have gone back."""
+LATE: Final = 0.5
+"""Seconds that late entries are gathered, so that a take comes before what ended it."""
 
 
 class QueueFault(Exception):
@@ -62,17 +70,28 @@ class Follower:
         *,
         idle: float = IDLE,
         take_over: float = TAKE_OVER,
+        rebind: float = REBIND,
     ) -> None:
         self._parts = parts
+        self._rebind = rebind
         self._partition = partition
         self._applier = applier
         self._signed = signed
         self._idle = idle
         self._take_over = take_over
         self._trouble = Backoff(parts.first_delay, 1.0)
+        self._late = Backoff(LATE, 30.0)
+        self._late_messages: list[Message] = []
+        self._late_entries: list[JournalEntry] = []
+        self._late_due = 0.0
+        self._highest = (0, 0)
+        """The newest epoch and watermark of the ledger that this worker has seen: a ledger below it went back."""
+        self._sequence = (0, 0)
+        """The newest epoch and sequence that Redis has shown."""
+        self._look_at = 0.0
         self._absent: int | None = None
         """The sequence that the journal was asked for and did not have."""
-        self._bound = False
+        self._bind_at = 0.0
         self._more = False
         """The last reading of the journal was cut off: there is more at once."""
         self.last_sign: float | None = None
@@ -119,13 +138,22 @@ class Follower:
             if await waited(parts.stopping, min(0.2, self._take_over / 10)):
                 return None
             newer = await parts.persist("ledger", lambda: ledger.partition(self._partition))
-            if newer is not None and newer.epoch != row.epoch:
+            if (newer is not None and newer.epoch != row.epoch) or await self._recoverer_signs():
                 until = time.monotonic() + self._take_over
             row = newer
         if row is None or row.state == "open":
             return None
         rows = await parts.persist("ledger", lambda: ledger.epochs(self._partition))
         return _Task(rows[0] if rows else row, row.epoch, abandoned=True)
+
+    async def _recoverer_signs(self) -> bool:
+        """Nobody else signs for a partition that is not open. One who can't reach Redis can't recover either."""
+        try:
+            seen = await self._parts.stock_side.worker_seen(self._partition)
+        except Exception as error:  # noqa: BLE001 - Redis is away: counted
+            self._parts.retried("redis", error, self._trouble.attempts + 1)
+            return True
+        return seen is not None and seen < self._take_over
 
     async def _stay(self, task: _Task) -> None:
         """One stay at the queue as the active consumer."""
@@ -141,12 +169,17 @@ class Follower:
             try:
                 if task.abandoned:
                     raise RecoveryNeeded("abandoned", f"the recovery to epoch {task.newest} was not finished")
-                self._bound = False
+                if (row.epoch, buffer.watermark) < self._highest:
+                    known, at = self._highest
+                    raise RecoveryNeeded("ledger_went_back", f"the ledger is at {row.epoch}-{buffer.watermark}, was at {known}-{at}", known)
+                self._highest = (row.epoch, buffer.watermark)
+                self._bind_at = 0.0
                 await self._follow(consumer, buffer)
             except RecoveryNeeded as need:
                 await self._recover(consumer, buffer, need, task.newest)
             finally:
                 self.receiving = False
+                self._late_messages.clear()  # unacknowledged: they come again
 
     @asynccontextmanager
     async def _consumer(self, row: PartitionRow) -> AsyncIterator[Consumer]:
@@ -165,9 +198,14 @@ class Follower:
 
     async def _recover(self, consumer: Consumer, buffer: Buffer, need: RecoveryNeeded, newest: int) -> None:
         parts = self._parts
+        epoch, sequence = self._sequence
+        memory = Memory(newest, sequence if epoch == buffer.epoch else 0, self.last_sign)
         try:
-            if not await recover(parts, self._applier, consumer, buffer, need, newest):
+            aside = await recover(parts, self._applier, consumer, buffer, need, memory, self._sign)
+            if aside is None:
                 raise EpochMoved("another process recovers it")
+            self._late_entries += aside
+            self._highest = (0, 0)  # what a ledger that went back has forgotten is dealt with
         except (Halted, EpochMoved, EpochClosed):
             raise
         except Exception as error:  # noqa: BLE001 - a server left in the middle: the next round raises the epoch once more
@@ -187,6 +225,7 @@ class Follower:
             else:
                 await self._check(buffer)
             await self._flush(consumer, buffer)
+            await self._settle_late(consumer, buffer)
         await self._receive(consumer, buffer, await self._at_queue(consumer.get(0)))
         await self._flush(consumer, buffer)
 
@@ -196,10 +235,11 @@ class Follower:
             await self._receive(consumer, buffer, await self._at_queue(consumer.get(left)))
 
     async def _receive(self, consumer: Consumer, buffer: Buffer, messages: Sequence[Message]) -> None:
-        late: list[Message] = []
         for message in messages:
             if message.epoch < buffer.epoch:
-                late.append(message)
+                if not self._late_messages:
+                    self._late_due = time.monotonic() + self._late.delay()
+                self._late_messages.append(message)
             elif message.epoch > buffer.epoch:
                 newest = await self._parts.persist("ledger", lambda: self._parts.ledger.partition(self._partition))
                 if newest is None or newest.epoch < message.epoch:
@@ -214,26 +254,31 @@ class Follower:
                     buffer.receive(message)
                 except ForkFound as fork:
                     raise RecoveryNeeded("fork", str(fork)) from fork
-        if late:
-            await self._late(consumer, late)
 
-    async def _late(self, consumer: Consumer, late: Sequence[Message]) -> None:
-        """Entries of a closed epoch: dropped where the ledger knows their position, else held unacknowledged and named."""
+    async def _settle_late(self, consumer: Consumer, buffer: Buffer) -> None:
+        """Entries of closed epochs, once those that came together are here; held unacknowledged until all of them are settled."""
+        if not (self._late_messages or self._late_entries) or time.monotonic() < self._late_due:
+            return
         parts = self._parts
-        positions = [Position(m.partition, m.epoch, m.sequence) for m in late if not m.marker]
-        rows = await parts.persist("ledger", lambda: parts.ledger.operations_at(positions)) if positions else []
-        known = {row.position for row in rows}
-        dropped = []
-        for message in late:
-            position = Position(message.partition, message.epoch, message.sequence)
-            if message.marker or position in known:
-                dropped.append(message)
-            else:
-                log.error("entry %s came after its epoch was closed and is not in the ledger; it is kept in the queue", position)
-                parts.happened("late_entry", partition=self._partition)
-                parts.tell("late_entry", {"position": position, "body": message.body})
-        if dropped:
-            await self._at_queue(consumer.ack(dropped))
+        entries, settled = list(self._late_entries), []
+        for message in self._late_messages:
+            try:
+                if not message.marker:
+                    entries.append(decode(message.partition, message.epoch, message.sequence, message.body))
+                settled.append(message)
+            except UnreadableEntry as error:
+                log.error("partition %d: %s; it came after its epoch was closed and is kept in the queue", self._partition, error)
+                parts.happened("unreadable", partition=self._partition)
+        try:
+            await settle_late(parts, buffer.epoch, entries)
+        except Exception as error:  # noqa: BLE001 - a server is away, or the stock is frozen or full: again later
+            self._late_due = time.monotonic() + self._late.delay()
+            parts.retried("late", error, self._late.attempts)
+            return
+        self._late.reset()
+        self._late_messages.clear()
+        self._late_entries.clear()
+        await self._at_queue(consumer.ack(settled))
 
     async def _flush(self, consumer: Consumer, buffer: Buffer) -> None:
         """Apply and acknowledge all that is consecutive; fill holes from the journal first."""
@@ -249,6 +294,7 @@ class Follower:
             if done := buffer.acknowledgeable():
                 await self._at_queue(consumer.ack(done))
             if moved:
+                self._highest = max(self._highest, (buffer.epoch, buffer.watermark))
                 self._sign()
                 self._trouble.reset()
             elif buffer.held() is not None:
@@ -282,7 +328,7 @@ class Follower:
             raise RecoveryNeeded("fork", str(fork)) from fork
 
     async def _bind(self, buffer: Buffer) -> None:
-        """A broker that was emptied lets nothing in until somebody binds the epoch. One that is away is tried again at the next
+        """A broker that was emptied lets nothing in until somebody binds the epoch (again). One that is away is tried again at the next
         idle moment: meanwhile the journal is read."""
         parts = self._parts
         try:
@@ -295,13 +341,13 @@ class Follower:
             # Somebody fenced this epoch between our reading and our binding: the fence must stand.
             await parts.persist("queue", lambda: parts.queue.unbind(self._partition, buffer.epoch))
             raise EpochMoved(f"the ledger is at {newest}")
-        self._bound = True
+        self._bind_at = time.monotonic() + self._rebind
 
     async def _check(self, buffer: Buffer) -> None:
         """Is Redis what the ledger remembers? Then read the journal to its end, so that an entry whose publisher died gets in."""
         parts = self._parts
         self._more = False
-        if not self._bound:
+        if time.monotonic() >= self._bind_at:
             await self._bind(buffer)
         try:
             state = await parts.stock_side.journal_state(self._partition)
@@ -309,6 +355,8 @@ class Follower:
             parts.retried("redis", error, self._trouble.attempts + 1)
             await waited(parts.stopping, self._trouble.delay())
             return
+        if state.epoch == buffer.epoch:
+            self._sequence = max(self._sequence, (state.epoch, max(state.sequence, state.seen)))
         need = self._judged(state, buffer)
         if need is not None:
             await self._confirm(need, buffer)
@@ -332,8 +380,19 @@ class Follower:
             self._read(buffer, pairs)
             self._more = len(pairs) == FILL_COUNT
         if not buffer.waiting:
+            await self._look(buffer)
             self._trouble.reset()
             self._sign()
+
+    async def _look(self, buffer: Buffer) -> None:
+        """While nothing moves, nobody would notice a ledger that was restored from a backup."""
+        if time.monotonic() < self._look_at:
+            return
+        parts = self._parts
+        newest = await parts.persist("ledger", lambda: parts.ledger.partition(self._partition))
+        self._look_at = time.monotonic() + LOOK
+        if newest is None or (newest.epoch, newest.applied) < self._highest or newest.epoch != buffer.epoch:
+            raise EpochMoved(f"the ledger is at {newest}, it was at {self._highest}")
 
     def _judged(self, state: JournalState, buffer: Buffer) -> RecoveryNeeded | None:
         if state.state == "missing":
@@ -342,10 +401,18 @@ class Follower:
             return RecoveryNeeded("foreign_epoch", f"Redis is at epoch {state.epoch}, the ledger at {buffer.epoch}", state.epoch)
         if not state.run_id_known:
             return RecoveryNeeded("other_server", "another Redis process answers than the one it was opened on")
+        if state.state == "suspect":
+            return RecoveryNeeded(state.why, f"a process has seen entry {buffer.epoch}-{state.seen}, Redis is at {state.sequence}")
         if state.state != "open":
             return None
-        if state.sequence < buffer.highest:
-            return RecoveryNeeded("went_back", f"Redis is at {buffer.epoch}-{state.sequence}, entry {buffer.highest} was seen")
+        if state.applied > buffer.watermark:
+            return RecoveryNeeded(
+                "ledger_went_back", f"the ledger stands at {buffer.epoch}-{buffer.watermark}, and has been at {state.applied}"
+            )
+        if state.sequence < max(buffer.highest, self._seen(buffer)):
+            return RecoveryNeeded(
+                "went_back", f"Redis is at {buffer.epoch}-{state.sequence}, entry {max(buffer.highest, self._seen(buffer))} was seen"
+            )
         oldest = state.oldest_kept_sequence
         if state.sequence > buffer.watermark and (oldest is None or oldest > buffer.watermark + 1):
             if buffer.run(1):
@@ -358,6 +425,10 @@ class Follower:
         if missing is not None and missing == self._absent == buffer.watermark + 1:
             return RecoveryNeeded("entry_missing", f"the journal has no entry {buffer.epoch}-{missing}, though later ones")
         return None
+
+    def _seen(self, buffer: Buffer) -> int:
+        epoch, sequence = self._sequence
+        return sequence if epoch == buffer.epoch else 0
 
     async def _confirm(self, need: RecoveryNeeded, buffer: Buffer) -> None:
         """Recover, unless what looked wrong was another worker's progress."""

@@ -49,9 +49,12 @@ class Housekeeping:
         state = await parts.stock_side.journal_state(self._partition)
         if state.state != "open" or state.epoch != row.epoch:
             return
+        # First: it frees memory, and a Redis that is full lets no hold expire.
+        await parts.stock_side.trim(self._partition, row.epoch, row.applied)
         await self.expire()
         await parts.stock_side.rotate(self._partition)
-        await parts.stock_side.trim(self._partition, row.epoch, row.applied)
+        while not parts.stopping.is_set() and await parts.stock_side.restore_older(self._partition, row.epoch, parts.ledger):
+            pass  # what a rebuild has left: a lone chunk a second would take hours
         if time.monotonic() >= self._stale_at:
             await self._report_stale(state.now_ms)
             self._stale_at = time.monotonic() + STALE_PERIOD

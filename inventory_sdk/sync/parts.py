@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from inventory_sdk.ledger.protocol import Ledger, WritesStock
+from inventory_sdk.ledger.protocol import Ledger, LedgerUnavailable, WritesStock
 from inventory_sdk.metrics import Happened, Metrics, Retried
 from inventory_sdk.sync.backoff import Backoff
+from inventory_sdk.sync.publish import PUBLISH_TIMEOUT
 from inventory_sdk.sync.queues.protocol import Queue
 from inventory_sdk.sync.stock_side import StockSide
 
@@ -39,6 +40,7 @@ class Parts:
     writes_stock: Sequence[WritesStock] = ()
     first_delay: float = 0.05
     longest_delay: float = 5.0
+    publish_timeout: float = PUBLISH_TIMEOUT
 
     def backoff(self) -> Backoff:
         """A fresh one with this worker's delays."""
@@ -50,7 +52,8 @@ class Parts:
 
     def retried(self, what: str, error: BaseException, attempt: int) -> None:
         """Count a failed attempt; say it in the log at the first and then ever more rarely."""
-        self.metrics.record(Retried(what, type(error).__name__))
+        reason = error.reason if isinstance(error, LedgerUnavailable) else type(error).__name__
+        self.metrics.record(Retried(what, reason))
         if attempt & (attempt - 1) == 0:
             log.warning("%s failed (attempt %d), trying again: %s: %s", what, attempt, type(error).__name__, error)
 

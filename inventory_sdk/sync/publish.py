@@ -16,6 +16,8 @@ from inventory_sdk.sync.queues.protocol import PublishFailed, Queue, Unroutable
 log = logging.getLogger(__name__)
 
 ATTEMPTS: Final = 5
+PUBLISH_TIMEOUT: Final = 5.0
+"""Seconds that one entry gets in all. A recovery waits as long before it ends an epoch: nobody still waits for a confirm then."""
 
 
 class Publication:
@@ -53,7 +55,7 @@ class Publisher:
     it; if nobody does, it is not sent at all (counted as failed: ``full``): the worker finds it in the journal.
     """
 
-    def __init__(self, queue: Queue, metrics: Metrics, *, timeout: float = 5.0, max_in_flight: int = 1024) -> None:
+    def __init__(self, queue: Queue, metrics: Metrics, *, timeout: float = PUBLISH_TIMEOUT, max_in_flight: int = 1024) -> None:
         self._queue = queue
         self._metrics = metrics
         self._timeout = timeout

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from inventory_sdk.ledger.protocol import Credit, Rebuilding, Void
+from inventory_sdk.ledger.protocol import Credit, Ledger, Rebuilding, Void
+from inventory_sdk.model import JournalOperation
 from inventory_sdk.stock.upkeep import Expired, JournalState
 
 __all__ = ["Expired", "JournalState", "StockSide"]
@@ -18,6 +19,16 @@ class StockSide(Protocol):
     async def read_journal(self, partition: int, epoch: int, after: int, upto: int | None, count: int) -> list[tuple[int, str]]:
         """(sequence, body) of at most ``count`` entries of ``epoch`` with after < sequence ≤ upto (None: to its end), in order.
         Also of an epoch that is closed by now."""
+        ...
+
+    async def read_back(self, partition: int, epoch: int, upto: int, count: int) -> list[tuple[int, str]]:
+        """The last ``count`` entries of ``epoch`` up to a sequence, newest first. Also of an epoch that is closed by now."""
+        ...
+
+    async def resubmit(self, partition: int, epoch: int, operation: JournalOperation, at_ms: int) -> str:
+        """An operation of an entry that came after its epoch was closed (``at_ms``: the entry's time), under its id, in the open
+        epoch. "" when it stands or there is nothing to do any more, else why it was refused, in a word. ``Overloaded`` for
+        what passes by itself."""
         ...
 
     async def journal_state(self, partition: int) -> JournalState: ...
@@ -50,9 +61,14 @@ class StockSide(Protocol):
         to make ``meta``. The journal of the earlier epochs stays readable."""
         ...
 
-    async def rebuild(self, partition: int, epoch: int, rebuilding: Rebuilding) -> None:
+    async def rebuild(self, partition: int, epoch: int, rebuilding: Rebuilding, down_ms: int = 0) -> None:
         """Write counters, reservations and recent results from the ledger in chunks, then ``await rebuilding.open()`` (the
-        ledger's commit), and only then open ``meta``: a Redis that accepts must find an open epoch in the ledger."""
+        ledger's commit), and only then open ``meta``: a Redis that accepts must find an open epoch in the ledger. Holds get
+        the time of the freeze back, ``down_ms`` if that is longer."""
+        ...
+
+    async def restore_older(self, partition: int, epoch: int, ledger: Ledger) -> bool:
+        """One chunk of the results that the last rebuild left for behind its opening; False when nothing is left to do here."""
         ...
 
     async def heartbeat(self, partition: int, worker: str) -> None:

@@ -152,7 +152,7 @@ class Watermark:
             if waiter.position in found:
                 self._answer(poller, waiter, None)
             elif row.state == "open":
-                why = f"lost: epoch {waiter.position.epoch} was ended and the ledger has no such entry"
+                why = f"lost: epoch {waiter.position.epoch} was ended without this entry; repeat it with the same operation_id"
                 self._answer(poller, waiter, self._not_reached(poller, waiter.position, why))
 
     def _give_up(self, poller: _Poller) -> None:

@@ -14,12 +14,14 @@ from typing import Any, Final, Self
 from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics import Metrics, NoMetrics
 from inventory_sdk.model import Position
+from inventory_sdk.sync.announcing import Announcer
 from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
 from inventory_sdk.sync.corrections import CREDIT_GRACE, Corrections
-from inventory_sdk.sync.follower import IDLE, TAKE_OVER, Follower
+from inventory_sdk.sync.follower import IDLE, REBIND, TAKE_OVER, Follower
 from inventory_sdk.sync.housekeeping import PERIOD, STALE_AGE, Housekeeping
 from inventory_sdk.sync.notices import Notices, OnEvent, no_handler
 from inventory_sdk.sync.parts import Parts, log
+from inventory_sdk.sync.publish import PUBLISH_TIMEOUT
 from inventory_sdk.sync.queues.protocol import Queue
 from inventory_sdk.sync.stock_side import Expired, JournalState, StockSide
 from inventory_sdk.sync.tasks import ATTEMPTS, CONCURRENCY, FIRST_RETRY, LAST_RETRY, TaskRegistry, TaskRunner
@@ -38,8 +40,9 @@ class Worker:
     """Runs in one event loop, several partitions at once; other workers may run on the same partitions. Times are in seconds.
 
     ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``,
-    ``recovered``, ``lost``, ``unreadable`` and ``writes_stock_failed``. ``on_applied`` hears of every new watermark at once.
-    A task of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
+    ``recovered``, ``lost``, ``fork``, ``late_entry``, ``unreadable`` and ``writes_stock_failed``. ``publish_timeout``
+    is what callers give a message: a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at
+    once. A task of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Worker:
         idle: float = IDLE,
         heartbeat: float = HEARTBEAT,
         take_over: float = TAKE_OVER,
+        rebind: float = REBIND,
         housekeeping: float = PERIOD,
         stale_age: float = STALE_AGE,
         credit_grace: float = CREDIT_GRACE,
@@ -68,6 +72,7 @@ class Worker:
         last_task_retry: float = LAST_RETRY,
         first_delay: float = 0.05,
         longest_delay: float = 5.0,
+        publish_timeout: float = PUBLISH_TIMEOUT,
     ) -> None:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self.failure: BaseException | None = None
@@ -82,6 +87,8 @@ class Worker:
         self._tasks: list[asyncio.Task[None]] = []
         self._followers: list[tuple[Follower, asyncio.Task[None]]] = []
         self._signs: list[asyncio.Task[None]] = []
+        self._aside: list[asyncio.Task[None]] = []
+        """They hand over what the others did, and have no end of their own."""
         self._parts = parts = Parts(
             stock_side=stock_side,
             ledger=ledger,
@@ -92,6 +99,7 @@ class Worker:
             writes_stock=tuple(writes_stock),
             first_delay=first_delay,
             longest_delay=longest_delay,
+            publish_timeout=publish_timeout,
         )
         self._runner = (
             TaskRunner(
@@ -107,10 +115,13 @@ class Worker:
             else None
         )
         self._rooms: list[tuple[int, Follower, Corrections, Housekeeping, asyncio.Event]] = []
+        self._announcers: list[Announcer] = []
         for partition in partitions:
             signed, corrections_due = asyncio.Event(), asyncio.Event()
-            applier = Applier(parts, partition, on_applied, tasks_due, corrections_due, max_operations)
-            follower = Follower(parts, partition, applier, signed, idle=idle, take_over=take_over)
+            announcer = Announcer(parts, partition)
+            self._announcers.append(announcer)
+            applier = Applier(parts, partition, on_applied, tasks_due, corrections_due, announcer, max_operations)
+            follower = Follower(parts, partition, applier, signed, idle=idle, take_over=take_over, rebind=rebind)
             corrections = Corrections(parts, partition, corrections_due, grace=credit_grace)
             keeper = Housekeeping(parts, partition, period=housekeeping, stale_age=stale_age)
             self._rooms.append((partition, follower, corrections, keeper, signed))
@@ -127,7 +138,9 @@ class Worker:
         """Start working; returns at once. A worker starts once: make a new one after ``stop``."""
         if self._tasks or self._stopping.is_set():
             raise RuntimeError("a worker starts once; make a new one")
-        self._spawn("notices", self._notices.run())
+        self._aside.append(self._spawn("notices", self._notices.run()))
+        for (partition, *_), announcer in zip(self._rooms, self._announcers, strict=True):
+            self._aside.append(self._spawn(f"announcing-{partition}", announcer.run()))
         for partition, follower, corrections, keeper, signed in self._rooms:
             self._followers.append((follower, self._spawn(f"follower-{partition}", follower.run())))
             self._spawn(f"corrections-{partition}", corrections.run())
@@ -149,12 +162,12 @@ class Worker:
         for task in self._signs:
             task.cancel()
         try:
-            # The first task hands over events; it has no end of its own.
-            working = [task for task in self._tasks[1:] if not task.done()]
+            working = [task for task in self._tasks if task not in self._aside and not task.done()]
             if working:
                 await asyncio.wait(working, timeout=timeout)
-            if self._tasks and not self._tasks[0].done():
-                await self._notices.delivered(min(timeout, 1.0))
+            if any(not task.done() for task in self._aside):
+                rest = min(timeout, 1.0)
+                await asyncio.gather(self._notices.delivered(rest), *(announcer.delivered(rest) for announcer in self._announcers))
         finally:
             for task in self._tasks:
                 task.cancel()

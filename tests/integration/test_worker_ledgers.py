@@ -29,7 +29,7 @@ SKUS = ("a", "b", "c")
 class Redis(FakeRedis):
     """Takes what a rebuild reads."""
 
-    async def rebuild(self, partition: int, epoch: int, rebuilding: Rebuilding) -> None:  # type: ignore[override]
+    async def rebuild(self, partition: int, epoch: int, rebuilding: Rebuilding, down_ms: int = 0) -> None:  # type: ignore[override]
         self.balances = {row.field: row.available async for chunk in rebuilding.balances(100) for row in chunk}
         await super().rebuild(partition, epoch, rebuilding)  # type: ignore[arg-type]
 
@@ -49,7 +49,14 @@ class House:
 
     def worker(self, **options: Any) -> Worker:
         redis: Any = self.redis
-        defaults: dict[str, Any] = {"idle": 0.01, "first_delay": 0.01, "longest_delay": 0.1, "housekeeping": 0.05, "take_over": 0.5}
+        defaults: dict[str, Any] = {
+            "idle": 0.01,
+            "first_delay": 0.01,
+            "longest_delay": 0.1,
+            "housekeeping": 0.05,
+            "take_over": 0.5,
+            "publish_timeout": 0.1,
+        }
         return Worker(
             redis, self.ledger, self.queue, partitions=[0], metrics=self.facts, on_event=self.facts.on_event, **defaults | options
         )

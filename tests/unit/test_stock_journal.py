@@ -252,3 +252,19 @@ async def test_512_operations_ride_in_one_entry_and_a_bulk_call_rides_alone(name
         assert max(sizes) <= 512
         for entry in await shop.journal():
             assert sum(len(operation.lines) // 2 for operation in entry.operations) <= 1024
+
+
+async def test_applied_entries_do_not_fill_the_journal_and_others_are_never_trimmed(namespace: str) -> None:
+    async with shop_on("fakeredis", namespace, {"a": 100}, journal_cap=6) as shop:
+        for number in range(6):
+            await shop.stock.deduct(lines(a=1), operation_id=f"o{number}")
+        with pytest.raises(errors.JournalFull):
+            await shop.stock.deduct(lines(a=1))
+        await shop.engine.upkeep.trim(0, 1, 2)
+        assert [entry.sequence for entry in await shop.journal()] == [3, 4, 5, 6]
+        await shop.stock.deduct(lines(a=1))
+        await shop.engine.upkeep.trim(0, 1, 4)
+        assert [entry.sequence for entry in await shop.journal()] == [5, 6, 7]
+        # Below half of the cap the ten minutes of a ledger that may go back are kept again.
+        await shop.engine.upkeep.trim(0, 1, 7)
+        assert len(await shop.journal()) == 3

@@ -134,7 +134,7 @@ async def test_without_a_worker_what_is_applied_is_still_reached(watermark: Wate
 
 
 async def test_an_entry_of_an_ended_epoch_counts_if_the_ledger_has_its_row(watermark: Watermark, ledger: Counting) -> None:
-    ledger.nonces[Position(0, 1, 7)] = "n7"
+    ledger.nonces_of[Position(0, 1, 7)] = "n7"
     ledger.open_at(0, 2, applied=0)
     await watermark.reached(Position(0, 1, 7))
 
@@ -150,7 +150,7 @@ async def test_while_the_next_epoch_is_being_rebuilt_the_old_ones_entries_may_st
     waiting = asyncio.create_task(watermark.reached(Position(0, 1, 7)))
     await until(lambda: ledger.asked > 3)
     assert not waiting.done()
-    ledger.nonces[Position(0, 1, 7)] = "n7"
+    ledger.nonces_of[Position(0, 1, 7)] = "n7"
     await waiting
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from worker_fakes import Shop, body, open_shop, until
 
+from inventory_sdk.metrics.events import Applied
 from inventory_sdk.model import Movement
+from inventory_sdk.sync.announcing import Announcer
 from inventory_sdk.sync.queues.protocol import Message
 
 
@@ -434,15 +436,64 @@ async def test_voids_that_were_pending_at_the_start_are_sent_although_redis_is_a
 
 
 async def test_a_subscriber_that_can_not_be_reached_does_not_hold_up_the_stock(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    announce, asked, blocked = shop.queue.announce, asyncio.Event(), asyncio.Event()
+
+    async def refuse(messages: Sequence[Message]) -> None:
+        asked.set()
+        await blocked.wait()  # a broker behind its disk alarm says nothing at all
+        raise ConnectionError("no exchange")
+
+    monkeypatch.setattr(shop.queue, "announce", refuse)
+    shop.redis.write(1), shop.redis.write(2), shop.redis.write(3)
+    async with shop.worker():
+        await shop.publish(1)
+        await asked.wait()
+        await shop.publish(2, 3)
+        await until(lambda: shop.queue.acked == [1, 2, 3])
+        blocked.set()
+        await until(lambda: "announce" in shop.facts.retried())
+        monkeypatch.setattr(shop.queue, "announce", announce)
+        await until(lambda: shop.queue.announced == [1, 2, 3])
+    assert "announce_failed" not in shop.facts.names()
+
+
+async def test_announcements_that_can_not_be_made_are_given_up_and_named_at_the_stop(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(messages: Sequence[Message]) -> None:
         raise ConnectionError("no exchange")
 
     monkeypatch.setattr(shop.queue, "announce", refuse)
     shop.redis.write(1)
-    async with shop.worker():
-        await shop.publish(1)
-        await until(lambda: shop.queue.acked == [1])
+    worker = shop.worker()
+    await worker.start()
+    await until(lambda: "announce" in shop.facts.retried())
+    await worker.stop(timeout=0.01)
     assert "announce_failed" in shop.facts.names()
+
+
+async def test_announcements_beyond_the_bound_push_out_the_oldest(shop: Shop) -> None:
+    announcer = Announcer(shop.worker()._parts, 0, most=3, most_characters=50)
+    announcer.tell([Message(0, 1, number, "x" * 10) for number in range(1, 6)])
+    assert shop.facts.names() == ["announce_failed"]
+    announcer.tell([Message(0, 1, 6, "x" * 40)])
+    running = asyncio.create_task(announcer.run())
+    await announcer.delivered(5.0)
+    running.cancel()
+    assert shop.queue.announced == [5, 6]
+
+
+async def test_a_commit_whose_reply_was_lost_is_told_as_if_it_had_come(shop: Shop) -> None:
+    shop.ledger.refuse = {2: "insufficient"}
+    shop.ledger.lost_replies = 1
+    shop.redis.write(1), shop.redis.write(2)
+    async with shop.worker():
+        await shop.publish(1, 2)
+        await until(lambda: shop.queue.acked == [1, 2])
+        await until(lambda: shop.queue.announced == [1, 2])
+    assert shop.ledger.applied == [(1, 1), (1, 2)]
+    assert shop.facts.names().count("rejected") == 1
+    assert [facts["reason"] for name, facts in shop.facts.told if name == "rejected"] == ["insufficient"]
+    (applied,) = [event for event in shop.facts.events if isinstance(event, Applied) and event.operations]
+    assert (applied.sequence, applied.operations, applied.rejected) == (2, 2, 1)
 
 
 async def test_a_handler_that_hangs_or_raises_does_not_hold_up_the_stock(shop: Shop) -> None:

@@ -9,7 +9,8 @@
 --         pin: ttl ms = 1: the decider's commit confirms; else what a resume gives it (0: until closed); mark = ms until overdue
 --         void: lines in threes: field, available delta, reserved delta; flag "f" freezes the SKUs, reference = reservation to close
 --         credit: reference = key of the operation that entered through the ledger
---         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider
+--         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider,
+--         "s" stand in for a reserve that was lost: take the lines that the call names
 --
 -- Reply, one string of lines: status, now ms, epoch, sequence, results JSON, body (parsing one string costs a client the least)
 --   status "ok", or nothing was executed: "missing" no meta, "state" not open, "epoch", "run_id", "late" after not_after
@@ -447,6 +448,23 @@ local function reacquire(i, op, closed)
   journaled(i, op, lines, remaining, 0, 'reacquire')
 end
 
+-- A confirm whose reserve went with an epoch: it takes what that had taken, and leaves it closed.
+local function stand_in(i, op)
+  if full then return {8} end
+  local lines = op[4]
+  local answer = uncovered(lines)
+  if answer then return answer end
+  local remaining = take(lines, false)
+  local record = {CONFIRMED, position, '', '0', op[5]}
+  for j = 1, #lines, 2 do
+    record[#record + 1] = lines[j]
+    set_amounts(record, #record + 1, lines[j + 1], lines[j + 1], 0, 0)
+  end
+  close_hold(op[6], record, CONFIRMED)
+  remember(op[2], op[3], remaining, op[5], lines)
+  journaled(i, op, lines, remaining, 0, 'reacquire')
+end
+
 local function close(i, op, state)
   local answer = seen(op)
   if answer then return answer end
@@ -458,6 +476,7 @@ local function close(i, op, state)
       if state == CONFIRMED and closed[1] == EXPIRED and find(flag, 'r', 1, true) then return reacquire(i, op, closed) end
       return {6, closed[1]}
     end
+    if state == CONFIRMED and find(flag, 's', 1, true) then return stand_in(i, op) end
     if not find(flag, 't', 1, true) then return {7} end
     local text = RELEASED .. RS .. position .. RS .. RS .. '0' .. RS
     results[key .. '\31'] = text
@@ -472,7 +491,7 @@ local function close(i, op, state)
   answer = not_loaded(lines)
   if answer then return answer end
   local remaining = close_lines(key, hold, lines, state)
-  remember(op[2], op[3], remaining, op[5], #op[4] == 0 and lines or nil)
+  remember(op[2], op[3], remaining, op[5], (#op[4] == 0 or find(flag, 's', 1, true)) and lines or nil)
   journaled(i, op, lines, remaining, 0)
 end
 

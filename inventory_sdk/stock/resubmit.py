@@ -1,0 +1,64 @@
+"""An operation of a journal entry that came after its epoch was closed, as the current epoch's script takes it: the same id, the
+same fingerprint, so that a caller's own repeat and this one have one effect."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from inventory_sdk.errors import Overloaded
+from inventory_sdk.model import JournalOperation, Kind, fingerprint
+from inventory_sdk.stock.batch import (
+    CLOSED,
+    CONFLICT,
+    DONE,
+    FROZEN,
+    JOURNAL_FULL,
+    NOT_OPEN,
+    PIN,
+    SHORT,
+    Answer,
+)
+from inventory_sdk.stock.records import PIN_OVERDUE_MS
+
+_TAKES: Final = (Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST)
+_TIMED: Final = (Kind.EXTEND, Kind.RESUME)
+_REFUSED: Final = {SHORT: "insufficient", CONFLICT: "conflict", CLOSED: "closed", NOT_OPEN: "closed"}
+_PASSING: Final = {FROZEN: "frozen", PIN: "pinned", JOURNAL_FULL: "behind a full journal"}
+
+
+def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
+    """The batch operation; None for what the current epoch does by itself (an expiry) or has done with its rebuild (credits,
+    voids, corrections), and for a ``keep``, which holds no longer than its epoch."""
+    kind, key, mark, lines, _, order, reference, expires_at, extra = operation
+    left = max(1, expires_at - at_ms) if expires_at else 0
+    if kind in _TAKES:
+        return [kind, key, mark, list(lines), order, "", left, extra, "", ""]
+    if kind in (Kind.CONFIRM, Kind.REACQUIRE):
+        whole = mark == fingerprint(Kind.CONFIRM, reference, ())
+        # Named by its lines also where it closed all: its reserve may be gone, and then they are what it takes. Redis had accepted
+        # it, so where the hold ended meanwhile it takes again what is there.
+        stands = json.dumps({**(json.loads(extra) if extra else {}), "stands_in": True}, separators=(",", ":"))
+        return [Kind.CONFIRM.value, key, mark, list(lines), order, reference, 0, stands, "", "rs" if whole else "s"]
+    if kind in (Kind.RELEASE, Kind.TOMBSTONE):
+        # With a tombstone where the reserve is unknown: it may come even later.
+        mark = mark or fingerprint(Kind.RELEASE, reference, ())
+        return [Kind.RELEASE.value, key, mark, list(lines), order, reference, 0, extra, "", "t"]
+    if kind == Kind.UNDO:
+        said = json.loads(extra)
+        return [kind, key, mark, list(lines), "", reference, 0, extra, said["position"], said["of"]]
+    if kind in _TIMED:
+        return [kind, key, mark, [], order, reference, left, extra, "", ""]
+    if kind == Kind.PIN:
+        return [kind, key, mark, [], order, reference, expires_at, extra, str(PIN_OVERDUE_MS), ""]
+    return None
+
+
+def late_verdict(answer: Answer) -> str:
+    """Why it was refused, in a word; "" when it stands, or there was nothing to do any more. ``Overloaded`` for what passes."""
+    (code, *_), _ = answer
+    if code <= DONE:
+        return ""
+    if code in _PASSING:
+        raise Overloaded(f"a late operation is {_PASSING[code]}", retry_after=1.0)
+    return _REFUSED.get(code, "")

@@ -1,0 +1,65 @@
+"""What enters through the ledger, while its database can't: tried again, counted, and never a driver's error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from inventory_sdk import errors
+from inventory_sdk.ledger.protocol import Entered, Entering, LedgerUnavailable
+from inventory_sdk.metrics.events import Retried
+from inventory_sdk.stock import entering
+from tests.stock_kit import Shop, lines, shop_on
+
+
+def failing(shop: Shop, monkeypatch: pytest.MonkeyPatch, *reasons: str, committed: bool = False) -> None:
+    """The next transactions fail for these reasons; ``committed``: though they stand."""
+    real, left = shop.ledger.enter, list(reasons)
+
+    async def enter(partition: int, epoch: int, operations: list[Entering], writes: Any = ()) -> list[Entered]:
+        if not left:
+            return await real(partition, epoch, operations, writes)
+        if committed:
+            await real(partition, epoch, operations, writes)
+        raise LedgerUnavailable(left.pop(0), ConnectionResetError("gone"))
+
+    monkeypatch.setattr(shop.ledger, "enter", enter)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+async def test_a_restock_goes_through_once_whatever_the_database_did_meanwhile(
+    namespace: str, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    async with shop_on("fakeredis", namespace, {"a": 1}) as shop:
+        failing(shop, monkeypatch, "deadlock", "disconnected", committed=committed)
+        receipt = await shop.stock.restock(lines(a=5), operation_id="po-1")
+        assert receipt.replayed is committed
+        assert await shop.counters("a") == (6, 0)
+        retried = [event.reason for event in shop.metrics.events if isinstance(event, Retried) and event.what == "enter"]
+        assert retried == ["deadlock", "disconnected"]
+
+
+async def test_a_database_that_stays_away_leaves_the_outcome_unknown_and_the_id_safe_to_repeat(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shop_on("fakeredis", namespace, {"a": 1}) as shop:
+        failing(shop, monkeypatch, "disconnected", committed=True)
+        monkeypatch.setattr(entering, "GIVE_UP", 0.0)
+        with pytest.raises(errors.OutcomeUnknown) as caught:
+            await shop.stock.restock(lines(a=5), operation_id="po-1")
+        assert caught.value.operation_id == "po-1"
+        assert isinstance(caught.value.__cause__, LedgerUnavailable)
+        assert (await shop.stock.restock(lines(a=5), operation_id="po-1")).replayed
+        assert await shop.counters("a") == (6, 0)
+
+
+async def test_a_take_whose_stock_can_not_be_loaded_now_is_refused_at_the_door(namespace: str) -> None:
+    async with shop_on("fakeredis", namespace, {"a": 1}) as shop:
+        shop.ledger.stocked(cold=5)
+        shop.ledger.failure = LedgerUnavailable("disconnected", ConnectionResetError("gone"))
+        with pytest.raises(errors.Overloaded) as caught:
+            await shop.stock.deduct(lines(cold=1), operation_id="o1")
+        assert caught.value.retry_after > 0
+        shop.ledger.failure = None
+        assert not (await shop.stock.deduct(lines(cold=1), operation_id="o1")).replayed
