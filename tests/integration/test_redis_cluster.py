@@ -10,6 +10,7 @@ from redis.asyncio import RedisCluster
 from redis.crc import key_slot
 
 from inventory_sdk import Inventory, Line
+from inventory_sdk.cli.doctor import Deployment, Finding, examine
 from inventory_sdk.errors import InvalidOperation, Overloaded
 from inventory_sdk.metrics.events import Retried
 from inventory_sdk.stock.routed import PlainCommands
@@ -122,3 +123,28 @@ def test_a_url_that_names_no_servers_is_refused_with_the_reason(url: str) -> Non
     with pytest.raises(InvalidOperation) as caught:
         Inventory(url, database="sqlite+aiosqlite://", metrics=[])
     assert caught.value.field == "redis"
+
+
+async def found_by_doctor(url: str, folder: Path, namespace: str) -> dict[str, Finding]:
+    deployment = Deployment(url, None, f"sqlite+aiosqlite:///{folder}/stock.db", namespace, PARTITIONS, None)
+    return {finding.subject: finding async for finding in examine(deployment)}
+
+
+async def test_doctor_says_who_has_each_partition_and_names_a_slot_that_is_half_moved(tmp_path: Path, namespace: str) -> None:
+    own = cluster()
+    async with shop(own.url, tmp_path, namespace, Recorded()):
+        found = await found_by_doctor(own.url, tmp_path, namespace)
+        assert found["cluster"].state.startswith("3 masters, 3 replicas")
+        assert found["cluster"].advice == ""
+        for partition in range(PARTITIONS):
+            owner = own.owner(f"{{{namespace}:{partition}}}:meta")
+            assert found[f"partition {partition}"] == Finding(f"partition {partition}", f"at 127.0.0.1:{owner}, 1 replicas")
+        assert found["worker"].advice == ""
+    slot = key_slot(f"{{{namespace}:0}}".encode())
+    key = f"{{{namespace}:0}}:meta"
+    own.begin_move(key, next(port for port in own.masters() if port != own.owner(key)))
+    try:
+        assert "half moved" in (await found_by_doctor(own.url, tmp_path, namespace))["cluster"].advice
+    finally:
+        for port in own.masters():
+            own.say(port, "CLUSTER", "SETSLOT", slot, "STABLE")

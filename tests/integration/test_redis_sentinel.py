@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 
+from inventory_sdk.cli.doctor import Deployment, Finding, examine
 from inventory_sdk.redis_urls import NewestMaster
 from tests.selling_kit import PARTITIONS, Sellers, counted, only_tails_are_missing, shop
 from tests.servers_kit import Watched, redis_under_sentinel
@@ -78,3 +79,16 @@ async def test_what_was_learnt_of_a_newer_failover_is_not_unlearnt(monkeypatch: 
     with pytest.raises(MasterNotFoundError, match="watches 's'"):
         await asked.discover_master("another")
     await asked.aclose()
+
+
+async def test_doctor_counts_sentinels_and_names_a_dead_one_and_a_missing_fence(watched: Watched, tmp_path: Path, namespace: str) -> None:
+    async def found() -> dict[str, Finding]:
+        deployment = Deployment(watched.url, None, f"sqlite+aiosqlite:///{tmp_path}/stock.db", namespace, 1, None)
+        return {finding.subject: finding async for finding in examine(deployment)}
+
+    well = await found()
+    assert well["sentinel"].state.startswith("3 of 3 answer, 3 know each other, quorum 2, 1 replicas")
+    assert well["sentinel"].advice == ""
+    assert well["sentinel fence"].advice.startswith("set it to 1")
+    watched.sentinels[0].kill()
+    assert "1 of those in the URL do not answer" in (await found())["sentinel"].advice
