@@ -9,6 +9,7 @@ are encrypted. The query takes what redis-py's connections take (``ssl_ca_certs`
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -48,6 +49,7 @@ _DECIDED_HERE: Final = frozenset(
         "maint_notifications_pool_handler",
         "max_connections",
         "orig_host_address",
+        "oss_cluster_maint_notifications_handler",
         "orig_socket_connect_timeout",
         "orig_socket_timeout",
         "port",
@@ -121,7 +123,8 @@ def cluster_client(redis: str | Redis | RedisCluster, connect_timeout: float) ->
         assert isinstance(redis, RedisCluster)
         manager = redis.nodes_manager
         nodes = [ClusterNode(node.host, node.port) for node in manager.startup_nodes.values()]
-        options = _kept(redis.connection_kwargs)
+        accepted = inspect.signature(RedisCluster.__init__).parameters
+        options = {name: value for name, value in _kept(redis.connection_kwargs).items() if name in accepted}
         options["address_remap"] = manager.address_remap
         if issubclass(redis.connection_kwargs["connection_class"], SSLConnection):
             options["ssl"] = True

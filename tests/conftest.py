@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests import cluster_kit
+
 SERVICES = {
     "redis": ("INVENTORY_TEST_REDIS_URL", "redis://127.0.0.1:6379/0"),
     "amqp": ("INVENTORY_TEST_AMQP_URL", "amqp://guest:guest@127.0.0.1:5672/"),
@@ -35,12 +37,18 @@ def answers(name: str) -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cluster"):
+        cluster_kit.cluster()
     for name in SERVICES:
         if item.get_closest_marker(name) and not answers(name):
             message = f"no {name} server at {service_url(name)}"
             if os.environ.get("INVENTORY_TEST_SERVICES") == "required":
                 pytest.fail(message, pytrace=False)
             pytest.skip(message)
+
+
+def pytest_sessionfinish() -> None:
+    cluster_kit.end_cluster()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 import fakeredis
 import pytest
@@ -36,16 +37,22 @@ from inventory_sdk.ledger.protocol import (
 )
 from inventory_sdk.metrics.events import BatchSent, Event
 from inventory_sdk.model import LEDGER_DELTAS, SEPARATOR, JournalEntry, JournalOperation, Line, Position, key_of
+from inventory_sdk.redis_urls import cluster_client
 from inventory_sdk.stock.batch import Publish
 from inventory_sdk.stock.engine import Engine, StockSettings
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.partition import KEY_NAMES
 from inventory_sdk.stock.stock import Stock
 from inventory_sdk.stock.wire import script
+from tests import cluster_kit
 from tests.conftest import service_url
 
 MERCHANT: Final = "m1"
 SERVERS: Final = ["fakeredis", pytest.param("redis", marks=pytest.mark.redis)]
+AND_CLUSTER: Final = [*SERVERS, pytest.param("cluster", marks=pytest.mark.cluster)]
+"""For the tests that every way to reach Redis must pass; on a cluster each costs a tenth of a second more."""
+FAILOVER_AT: Final = 30
+"""So many shops of the contract tests are opened on the cluster before one of its replicas takes over."""
 
 
 def lines(**quantities: int) -> list[Line]:
@@ -337,6 +344,19 @@ class Shop:
             await self.client.delete(*(partition.key(name) for name in (*KEY_NAMES, "worker")))
 
 
+async def _astray(shop: Shop) -> None:
+    """What this shop knows of the cluster is wrong from now on."""
+    cluster = cluster_kit.cluster()
+    for partition in shop.engine.partitions:
+        await partition.hello()
+    cluster.opened += 1
+    if cluster.opened == FAILOVER_AT:
+        cluster.fail_over(cluster.owner(shop.key("meta")))
+    for partition in shop.engine.partitions:
+        cluster.move_empty(partition.key("meta"))
+        partition.forget()
+
+
 async def reached(*_: Any) -> None:
     """No durability beyond Redis in these tests."""
     return
@@ -345,6 +365,10 @@ async def reached(*_: Any) -> None:
 def plain_client(url: str, **options: Any) -> Redis:
     """A client of its own that retries nothing."""
     return Redis.from_url(url, **{"retry": Retry(NoBackoff(), 0), "protocol": 2, **options})
+
+
+_clusters: Final[WeakKeyDictionary[Any, Any]] = WeakKeyDictionary()
+"""The cluster's client behind a shop's plain commands: a second process is made from that one."""
 
 
 @asynccontextmanager
@@ -362,24 +386,33 @@ async def on_client(
     metrics, refusals = Recorded(), list[tuple[int, str]]()
     ledger = ledger or FakeLedger()
     chosen = StockSettings(namespace=namespace, **settings)
+    client = _clusters.get(client, client)
     engine = Engine(client, ledger, chosen, metrics, publish, opener, lambda *why: refusals.append(why))  # type: ignore[arg-type]
+    if engine.wire.client is not client:
+        _clusters[engine.wire.client] = client
     stock = Stock(lambda: engine, merchant=merchant, durability=lambda: "redis", reach=reached)
     try:
-        yield Shop(client, chosen, ledger, metrics, engine, stock, refusals)
+        yield Shop(engine.wire.client, chosen, ledger, metrics, engine, stock, refusals)
     finally:
         await engine.close()
 
 
 @asynccontextmanager
 async def shop_on(server: str, namespace: str, stocked: Mapping[str, int] | None = None, **options: Any) -> AsyncIterator[Shop]:
-    """An open shop on ``"fakeredis"``, ``"redis"`` or a URL, with these SKUs in its ledger; Redis is left as it was found."""
+    """An open shop on ``"fakeredis"``, ``"redis"``, ``"cluster"`` or a URL, with these SKUs in its ledger; Redis is left as it was
+    found. On the cluster the slots have moved since the shop's map was read, and replicas take over in the middle of the run."""
+    client: Any
     if server == "fakeredis":
-        client: Redis = fakeredis.FakeAsyncRedis(protocol=2)
+        client = fakeredis.FakeAsyncRedis(protocol=2)
+    elif server == "cluster":
+        client = cluster_client(cluster_kit.cluster().url, 2.0)
     else:
         client = plain_client(service_url("redis") if server == "redis" else server)
     try:
         async with on_client(client, namespace, **options) as shop:
             shop.ledger.stocked(**(stocked or {}))
+            if server == "cluster":
+                await _astray(shop)
             await shop.open()
             try:
                 yield shop

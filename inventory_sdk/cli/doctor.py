@@ -14,6 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 import typer
 
 from inventory_sdk.cli.options import DatabaseUrl, Namespace, QueueUrl, RedisUrl, TablePrefix, refuse, run
+from inventory_sdk.cli.topology import is_many, servers_at
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -146,8 +147,10 @@ def url_of(deployment: Deployment, subject: str) -> str:
 def shown(url: str) -> str:
     """The URL without its password."""
     parts = urlsplit(url)
+    if "password" in parts.query:
+        parts = parts._replace(query="***")
     if parts.password is None:
-        return url
+        return urlunsplit(parts)
     user, _, rest = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:***@{rest}"))
 
@@ -172,35 +175,52 @@ async def client_of(url: str) -> AsyncIterator[Redis]:
 
 
 async def look_at_redis(deployment: Deployment, facts: dict[str, Any], note: Note) -> None:
+    if is_many(deployment.redis):
+
+        def say(subject: str, state: str, advice: str) -> None:
+            note(Finding(subject, state, advice))
+
+        place = deployment.redis, deployment.namespace, deployment.partitions, deployment.default_durability
+        async with servers_at(*place, say) as servers:
+            for name, client in servers.masters:
+                await look_at_server(deployment, client, name, facts, note)
+            await look_at_workers(deployment, servers.keyed, facts, note)
+        return
+    async with client_of(deployment.redis) as client:
+        await look_at_server(deployment, client, shown(deployment.redis), facts, note)
+        await look_at_workers(deployment, client, facts, note)
+
+
+async def look_at_server(deployment: Deployment, client: Redis, name: str, facts: dict[str, Any], note: Note) -> None:
     from redis.exceptions import ResponseError
 
-    async with client_of(deployment.redis) as client:
-        info: dict[str, Any] = await client.info()
-        facts["redis_version"] = version = str(info.get("redis_version", "0"))
-        numbers = tuple(int(part) for part in version.split(".")[:2])
-        facts["redis_numbers"] = numbers
-        old = "" if numbers >= OLDEST_REDIS else f"upgrade to Redis {'.'.join(map(str, OLDEST_REDIS))} or newer"
-        note(Finding("redis", f"{version} at {shown(deployment.redis)}", old))
+    info: dict[str, Any] = await client.info()
+    version = str(info.get("redis_version", "0"))
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if numbers <= facts.get("redis_numbers", numbers):  # of several servers the oldest decides what can be kept
+        facts["redis_version"], facts["redis_numbers"] = version, numbers
+    old = "" if numbers >= OLDEST_REDIS else f"upgrade to Redis {'.'.join(map(str, OLDEST_REDIS))} or newer"
+    note(Finding("redis", f"{version} at {name}", old))
 
-        policy = str(info.get("maxmemory_policy", "unknown"))
-        evicts = "" if policy == "noeviction" else "set maxmemory-policy noeviction: any other lets Redis drop counters and holds"
-        note(Finding("redis eviction", policy, evicts))
+    policy = str(info.get("maxmemory_policy", "unknown"))
+    evicts = "" if policy == "noeviction" else "set maxmemory-policy noeviction: any other lets Redis drop counters and holds"
+    note(Finding("redis eviction", policy, evicts))
 
-        facts["aof"] = bool(info.get("aof_enabled"))
-        links = [info.get(f"slave{number}") for number in range(int(info.get("connected_slaves", 0)))]
-        facts["replicas"] = sum(isinstance(link, dict) and link.get("state") == "online" for link in links)
-        try:
-            snapshots = str((await client.config_get("save")).get("save", ""))
-        except ResponseError:  # managed services hide CONFIG; whether a snapshot was ever written still tells something
-            snapshots = "snapshots" if info.get("rdb_last_save_time") and not info.get("rdb_changes_since_last_save") else ""
-        note(persistence(deployment, facts["aof"], snapshots))
+    aof = bool(info.get("aof_enabled"))
+    facts["aof"] = aof and facts.get("aof", True)
+    links = [info.get(f"slave{number}") for number in range(int(info.get("connected_slaves", 0)))]
+    online = sum(isinstance(link, dict) and link.get("state") == "online" for link in links)
+    facts["replicas"] = min(online, facts.get("replicas", online))  # of several servers the barest decides
+    try:
+        snapshots = str((await client.config_get("save")).get("save", ""))
+    except ResponseError:  # managed services hide CONFIG; whether a snapshot was ever written still tells something
+        snapshots = "snapshots" if info.get("rdb_last_save_time") and not info.get("rdb_changes_since_last_save") else ""
+    note(persistence(deployment, aof, snapshots))
 
-        seconds, micros = await client.time()
-        apart = abs(time.time() - (int(seconds) + int(micros) / 1e6))
-        clock = "" if apart <= CLOCK_APART else "synchronise the clocks: holds expire by Redis' clock"
-        note(Finding("clock", f"Redis is {apart:.1f} s from this machine", clock))
-
-        await look_at_workers(deployment, client, facts, note)
+    seconds, micros = await client.time()
+    apart = abs(time.time() - (int(seconds) + int(micros) / 1e6))
+    clock = "" if apart <= CLOCK_APART else "synchronise the clocks: holds expire by Redis' clock"
+    note(Finding("clock", f"Redis is {apart:.1f} s from this machine", clock))
 
 
 def persistence(deployment: Deployment, aof: bool, snapshots: str) -> Finding:
@@ -217,7 +237,7 @@ def persistence(deployment: Deployment, aof: bool, snapshots: str) -> Finding:
     )
 
 
-async def look_at_workers(deployment: Deployment, client: Redis, facts: dict[str, Any], note: Note) -> None:
+async def look_at_workers(deployment: Deployment, client: Any, facts: dict[str, Any], note: Note) -> None:
     from inventory_sdk.stock.partition import Partition
     from inventory_sdk.stock.upkeep import HEARTBEAT_MS
     from inventory_sdk.stock.wire import Wire

@@ -42,7 +42,10 @@ _NOT_A_CONNECTIONS: Final = (
     "connection_pool",
     "event_dispatcher",
     "himport_registry",
+    "maint_notifications_config",
+    "maint_notifications_pool_handler",
     "max_connections",
+    "oss_cluster_maint_notifications_handler",
     "redis_connect_func",
     "response_callbacks",
     "retry",
@@ -220,6 +223,7 @@ class Guide:
         give_up = time.monotonic() + self._patience
         pause = FIRST_PAUSE
         asking = False
+        redirected = 0
         if self.route.stale(self._learnt):
             self.doubt()
         address = self.route.address(key)
@@ -242,14 +246,18 @@ class Guide:
                     # The one that refused knows better than the one that is asked for the whole map.
                     address = self.route.named(cause.host, int(cause.port), address)
                     await self._learn(left)
+                    redirected += 1
                 elif isinstance(cause, AskError) and address is not None:
                     # This once: the slot stays where it is until all of it has moved.
                     address, asking = self.route.named(cause.host, int(cause.port), address), True
+                    redirected += 1
                 else:
                     self.doubt()
                     address = None
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, LONGEST_PAUSE)
+                    redirected = 0
+            if redirected != 1:  # two in a row are a slot on its way, or servers that don't agree
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
 
     def doubt(self) -> asyncio.Task[None]:
         """Learn anew, aside; many doubts are one question."""

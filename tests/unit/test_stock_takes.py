@@ -12,10 +12,10 @@ import pytest
 
 from inventory_sdk import errors
 from inventory_sdk.model import Line, Receipt, ReceiptLine, Shortage, partition_of
-from tests.stock_kit import MERCHANT, SERVERS, Shop, lines, on_client, shop_on
+from tests.stock_kit import AND_CLUSTER, MERCHANT, Shop, lines, on_client, shop_on
 
 
-@pytest.fixture(params=SERVERS)
+@pytest.fixture(params=AND_CLUSTER)
 async def shop(request: pytest.FixtureRequest, namespace: str) -> AsyncIterator[Shop]:
     async with shop_on(request.param, namespace, {"a": 10, "b": 5, "last": 1}) as shop:
         yield shop
