@@ -22,6 +22,7 @@ class Queue:
     def __init__(self) -> None:
         self.sent: list[int] = []
         self.answers: dict[int, asyncio.Future[None]] = {}
+        self.all: list[asyncio.Future[None]] = []
         self.prompt = False
 
     def publish(self, partition: int, epoch: int, sequence: int, body: str) -> Awaitable[Any]:
@@ -29,6 +30,7 @@ class Queue:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda done: done.exception())
         self.answers[sequence] = future
+        self.all.append(future)
         if self.prompt:
             future.set_result(None)
         return future
@@ -51,7 +53,7 @@ def queue() -> Queue:
 async def shop(request: pytest.FixtureRequest, namespace: str, queue: Queue) -> AsyncIterator[Shop]:
     async with shop_on(request.param, namespace, {"a": 10, "b": 10}, publish=queue.publish) as shop:
         yield shop
-        for future in queue.answers.values():
+        for future in queue.all:
             if not future.done():
                 future.set_result(None)
         await shop.engine.drain()
@@ -106,7 +108,7 @@ async def test_an_undo_and_a_void_give_back_too(shop: Shop, queue: Queue) -> Non
     receipt = await shop.stock.deduct(lines(a=1), operation_id="o1")
     await shop.stock.undo(receipt)
     assert await known(shop) == {"a": "2"}
-    await shop.engine.upkeep.void(0, 1, Void(Position(0, 1, 1), 0, key_of(MERCHANT, "x"), "deduct", (key_of(MERCHANT, "b"), 1, 0), False))
+    await shop.engine.upkeep.void(0, 1, Void(Position(0, 1, 1), 0, key_of(MERCHANT, "x"), "deduct", "", (key_of(MERCHANT, "b"), 1, 0), False))
     assert await known(shop) == {"a": "2", "b": "3"}
 
 
