@@ -151,9 +151,10 @@ class Acts:
         return await self._close(Kind(kind), receipt.operation_id, None, None, receipt.merchant, None, None, "d")
 
     async def _keep_level(self, engine: Engine, level: str) -> None:
-        if self._keeps is not None:
-            await self._keeps(engine, level)
-        engine.kept.add(level)
+        async with engine.asking:  # many callers come at once; one asks
+            if level not in engine.kept and self._keeps is not None:
+                await self._keeps(engine, level)
+            engine.kept.add(level)
 
     def _merchant(self, merchant: str | None) -> str:
         if merchant is not None:

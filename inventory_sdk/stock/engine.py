@@ -76,6 +76,7 @@ class Engine:
         self._on_refused = on_refused
         self.kept = {"redis"}
         """Durability levels that are known to be kept here."""
+        self.asking = asyncio.Lock()
         self.waits = Waits(settings.replicas, settings.wait_timeout, self.in_background)
         self.givers = Givers(publish, self.in_background, metrics) if publish is not None else None
         self._background: set[asyncio.Task[Any]] = set()

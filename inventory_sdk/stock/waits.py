@@ -97,7 +97,7 @@ class Waits:
             group.flying += 1
             self._in_background(self._mark_all(partition, level, group), f"marks for {level}")
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout + GRACE):
                 return await future
         except TimeoutError:
             return f"no answer within {self._timeout:g} s"
