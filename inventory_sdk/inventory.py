@@ -17,6 +17,7 @@ from inventory_sdk.model import Lane, Line, Position, Receipt, check_text
 from inventory_sdk.running import LEDGER_TIMEOUT, Running
 from inventory_sdk.servers import servers_for
 from inventory_sdk.stock.acts import LEVELS
+from inventory_sdk.stock.admission import ADMISSIONS
 from inventory_sdk.stock.batch import Answered
 from inventory_sdk.stock.decorators import StockDecorators
 from inventory_sdk.stock.engine import Engine, StockSettings
@@ -36,8 +37,10 @@ class Inventory(StockDecorators):
     ``redis``: a URL or a redis.asyncio client; ``"memory://"`` embeds everything, worker included. ``queue``: an ``amqp://`` URL;
     None: the journal in Redis is the queue. ``database``: a SQLAlchemy URL with an async driver, or an AsyncEngine. ``merchant``:
     for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` is
-    kept in the ledger and must be the same in every process. ``durability``: for calls that name none; None: ``"queue"`` where
-    one is configured, else ``"redis"``. ``metrics``: sinks; None: Prometheus' default registry.
+    kept in the ledger and must be the same in every process. ``admission``: who sells the stock of merchants that are new to the
+    ledger, ``"redis"`` or, under row locks, ``"database"``; ``stock.adopt`` and ``stock.withdraw`` change it. ``durability``:
+    for calls that name none; None: ``"queue"`` where one is configured, else ``"redis"``. ``metrics``: sinks; None: Prometheus'
+    default registry.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -65,13 +68,19 @@ class Inventory(StockDecorators):
         check_text("namespace", namespace)
         if set(namespace) & set("{}:"):
             raise InvalidOperation("namespace", namespace, "must not contain braces or colons: they belong to the Redis keys")
-        if admission != "redis":
-            raise InvalidOperation("admission", admission, "must be 'redis' in this release")
+        if admission == "auto":
+            raise InvalidOperation("admission", admission, "is not in this release yet: choose 'redis' or 'database', and adopt merchants")
+        if admission not in ADMISSIONS:
+            raise InvalidOperation("admission", admission, f"must be one of {', '.join(ADMISSIONS)}")
         if durability is not None and durability not in LEVELS:
             raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)} in this release")
         self._servers = servers_for(redis, queue, database)
         self._settings = StockSettings(
-            namespace=namespace, partitions=partitions, redis_timeout=redis_timeout, results_window=results_window
+            namespace=namespace,
+            partitions=partitions,
+            redis_timeout=redis_timeout,
+            results_window=results_window,
+            admission=admission,
         )
         self._prefix = table_prefix
         self._merchant = merchant
@@ -80,7 +89,7 @@ class Inventory(StockDecorators):
         self.lanes: dict[str, Lane] = dict(lanes) if lanes is not None else {"core": Lane(), "batch": Lane(max_concurrency=4)}
         if "core" in self.lanes:
             self.hold_ttl = self.lanes["core"].timeout + 60.0
-        self._ledger_part = self._servers.make_ledger(table_prefix)
+        self._ledger_part = self._servers.make_ledger(table_prefix, admission)
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -203,7 +212,7 @@ class Inventory(StockDecorators):
         servers = servers_for(redis, queue, database or "sqlite+aiosqlite://", embedded=True)
         kept = self._servers, self._ledger_part, self._here, self._uses
         self._servers = servers
-        self._ledger_part = servers.make_ledger(self._prefix)
+        self._ledger_part = servers.make_ledger(self._prefix, self._settings.admission)
         self._here, self._uses = WeakKeyDictionary(), WeakKeyDictionary()
         try:
             async with self:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen, UnknownStock
-from inventory_sdk.ledger.protocol import Credit, Entering, EpochClosed
+from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, StockArriving
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.answers import refused
@@ -43,9 +43,6 @@ async def enter(
     settled: Callable[[Position], Awaitable[None]],
 ) -> Done:
     """Commit, then credit. ``OutcomeUnknown`` when the commit stands but its credit could not be made now: the worker will."""
-    record = (await reading.read(engine, partition, operations=[key])).results[0]
-    if record is not None and read_result(record).fingerprint != ENTERED:
-        raise OperationConflict(split_key(key)[1])
     entering = Entering(
         kind=str(kind),
         key=key,
@@ -57,6 +54,13 @@ async def enter(
         extra=json.dumps(extra, separators=(",", ":")) if extra else "",
     )
     await engine.loader.opened(partition, flat[::2])
+    if engine.direct.busy and engine.direct.expects_any(flat[::2], split_key(key)[0]):
+        ours = await _directly(engine, partition, entering)
+        if ours is not None:
+            return Done(ours.position, ours.remaining, ours.replayed)
+    record = (await reading.read(engine, partition, operations=[key])).results[0]
+    if record is not None and read_result(record).fingerprint != ENTERED:
+        raise OperationConflict(split_key(key)[1])
     waited = False
     for _ in range(5):
         await partition.known()
@@ -65,6 +69,8 @@ async def enter(
         except EpochClosed:
             partition.forget()
             continue
+        except StockArriving as error:
+            raise StockFrozen(str(error), retry_after=0.1) from error
         except InvalidOperation as error:
             # The sale it gives back may be journaled and not applied yet.
             if not reference or waited or error.field not in ("of", "lines"):
@@ -78,11 +84,16 @@ async def enter(
         raise StockFrozen(f"partition {partition.number} is being recovered", retry_after=0.5)
     engine.loader.arrived(flat[::2])
     if entered.credit is None:
+        if not entered.replayed:
+            engine.direct.note(flat[::2], split_key(key)[0], True)
         return Done(entered.position, entered.remaining, entered.replayed)
     try:
         answer = await _credited(engine, partition, entered.credit, flat[::2])
     except (Overloaded, OutcomeUnknown) as error:
         raise OutcomeUnknown(split_key(key)[1], f"it is in the ledger, its credit is pending: {error}") from error
+    if len(entered.credit.lines) < len(flat) and answer[0] in (DONE, DONE_LINES, REPLAY):
+        # Some of it is the ledger's to sell: what remains there it says itself.
+        return Done(entered.position, entered.remaining, entered.replayed)
     if answer[0] == REPLAY:
         return Done(entered.position, read_result(answer[1]).remaining, entered.replayed)
     if answer[0] == DONE_LINES:
@@ -90,6 +101,21 @@ async def enter(
     if answer[0] != DONE:
         raise refused(answer)
     return Done(entered.position, answer[1:], entered.replayed)
+
+
+async def _directly(engine: Engine, partition: Partition, entering: Entering) -> Entered | None:
+    """Without Redis, for stock that the ledger sells; None when Redis sells any of it."""
+    fields, merchant = entering.lines[::2], split_key(entering.key)[0]
+    try:
+        (entered,) = await engine.ledger.enter(partition.number, 0, [entering], engine.writes_stock)
+    except EpochClosed:
+        engine.direct.note(fields, merchant, False)
+        return None
+    except StockArriving as error:
+        raise StockFrozen(str(error), retry_after=0.1) from error
+    engine.loader.arrived(fields)
+    engine.direct.note(fields, merchant, True)
+    return entered
 
 
 async def _credited(engine: Engine, partition: Partition, credit: Credit, fields: Sequence[str]) -> list[Any]:
@@ -131,6 +157,12 @@ async def open_balances(engine: Engine, partition: Partition, fields: Sequence[s
             )
     if not operations:
         return
+    if engine.direct.busy:
+        try:
+            await engine.ledger.enter(partition.number, 0, operations)
+            return
+        except EpochClosed:
+            engine.direct.note((), split_key(fields[0])[0], False)
     await partition.known()
     try:
         await engine.ledger.enter(partition.number, int(partition.epoch), operations)

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 from inventory_sdk.errors import InventoryError, StockFrozen
 from inventory_sdk.ledger.protocol import Credit, EpochClosed, Rebuilding, Void
 from inventory_sdk.model import fingerprint, key_of, split_key
-from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
+from inventory_sdk.stock.batch import AWAY, CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import RS, write_reservation, write_result
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
@@ -63,7 +63,7 @@ class Upkeep:
         self,
         partition: Callable[[int], Partition],
         submit: Submits,
-        load: Callable[[Partition, Sequence[str]], Awaitable[None]],
+        load: Callable[[Partition, Sequence[str]], Awaitable[Sequence[str]]],
         results_window: float,
         results_most: int,
     ) -> None:
@@ -111,7 +111,8 @@ class Upkeep:
                 return answer
             if code != NOT_LOADED:
                 raise InventoryError(f"{operation[0]} {operation[1]!r} was refused: {answer[0]}")
-            await self._load(view, answer[0][1:])
+            if await self._load(view, answer[0][1:]):
+                return answer  # the database sells it: nothing is owed to Redis any more
         raise InventoryError(f"{operation[0]} {operation[1]!r}: its stock does not stay loaded")
 
     async def due_expiries(self, partition: int, limit: int) -> list[str]:
@@ -150,6 +151,8 @@ class Upkeep:
         mark = "" if kind == "resume" else fingerprint(kind, key, ())
         operation = [kind, act, mark, [], "", key, resume if kind == "resume" else 0, "", "", "d"]
         answer, _ = await self._settle(view, operation)
+        if answer[0] in (AWAY, NOT_LOADED):
+            return  # the ledger runs it now, or will in a moment
         if answer[0] not in (DONE, DONE_LINES, REPLAY, CLOSED, NOT_FOUND):
             raise InventoryError(f"pinned hold {name!r} of {merchant!r} could not be settled as {verdict}: {answer}")
 
