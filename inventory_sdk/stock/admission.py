@@ -76,6 +76,8 @@ class Direct:
 
     def expects(self, operation: Sequence[Any]) -> bool:
         """Whether the ledger is to be asked first."""
+        if operation[0] == "credit":
+            return False  # it is what the ledger owes to Redis
         if operation[8].startswith("0-") and operation[0] in ("undo", "keep"):
             return True  # it was taken there
         return self.expects_any(fields_of(operation), split_key(operation[1])[0])
