@@ -46,11 +46,11 @@ async def told_to_stop() -> None:
     await reader.read()
 
 
-async def insist(call: Any, stop: asyncio.Event) -> Any:
+async def insist(stop: asyncio.Event, call: Any, *arguments: Any, **options: Any) -> Any:
     """The same call until it has an answer; frozen stock and unclear outcomes are asked again under the same id."""
     while True:
         try:
-            return await call()
+            return await call(*arguments, **options)
         except (Overloaded, OutcomeUnknown) as error:
             if stop.is_set():
                 # Nobody may stay half-way: the outcome of this id must be known before the count.
@@ -71,23 +71,23 @@ async def sell(inventory: Inventory, dice: random.Random, stop: asyncio.Event) -
         act = dice.choices(("deduct", "confirm", "release", "expire", "repeat", "restock"), (4, 4, 2, 1, 2, 1))[0]
         try:
             if act == "deduct":
-                await insist(lambda: stock.deduct(lines, operation_id=name), stop)
+                await insist(stop, stock.deduct, lines, operation_id=name)
                 say(act="sold", sku=sku, quantity=quantity)
                 done.append((name, sku, quantity))
             elif act == "restock":
-                await insist(lambda: stock.restock(lines, operation_id=name), stop)
+                await insist(stop, stock.restock, lines, operation_id=name)
                 say(act="supplied", sku=sku, quantity=quantity)
             elif act == "repeat" and done:
                 name, sku, quantity = dice.choice(done)
-                receipt = await insist(lambda: stock.deduct([Line(sku, quantity)], operation_id=name), stop)
+                receipt = await insist(stop, stock.deduct, [Line(sku, quantity)], operation_id=name)
                 assert receipt.replayed, receipt
             elif act in ("confirm", "release", "expire"):
-                await insist(lambda: stock.reserve(lines, operation_id=name, ttl=0.3 if act == "expire" else 600), stop)
+                await insist(stop, stock.reserve, lines, operation_id=name, ttl=0.3 if act == "expire" else 600)
                 if act == "confirm":
-                    await insist(lambda: stock.confirm(name), stop)
+                    await insist(stop, stock.confirm, name)
                     say(act="sold", sku=sku, quantity=quantity)
                 elif act == "release":
-                    await insist(lambda: stock.release(name), stop)
+                    await insist(stop, stock.release, name)
         except InsufficientStock:
             say(act="short", sku=sku)
         except (ReservationClosed, ReservationNotFound, InvalidOperation, AssertionError) as error:

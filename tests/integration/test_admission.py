@@ -150,26 +150,26 @@ async def test_two_processes_that_hand_over_in_both_directions_leave_one_seller(
         async with (
             running("work", settings) as worker,
             running("sell", settings, seed) as seller,
-            running("flip", settings, 12) as one,
-            running("flip", settings, 13) as two,
+            running("flip", settings, 8) as one,
+            running("flip", settings, 9) as two,
         ):
             for flipper in (one, two):
-                await flipper.until(lambda facts: sum(fact["act"] == "flipped" for fact in facts) >= 12, 120)
+                await flipper.until(lambda facts: sum(fact["act"] == "flipped" for fact in facts) >= 8, 120)
             await asyncio.gather(one.stop(), two.stop(), seller.stop())
             await settle(inventory)
             await count(inventory, [seller], stocked)
             await worker.stop()
 
 
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("step", range(2))
 async def test_a_process_killed_while_it_hands_over_is_followed_by_the_next_call(settings: dict[str, Any], step: int) -> None:
-    stocked = {"a": 2000, "b": 2000, **{f"s{number:04}": 5 for number in range(700)}}
+    stocked = {"a": 2000, "b": 2000, **{f"s{number:04}": 5 for number in range(300)}}
     seed = dice() + step
     chance = random.Random(seed)
     async with shop(settings) as inventory:
         await inventory.stock.restock_many([Line(sku, units) for sku, units in stocked.items()], operation_id="po")
         async with running("work", settings) as worker, running("sell", settings, seed) as seller:
-            for _ in range(5):
+            for _ in range(4):
                 async with running("flip", settings, 1000) as flipper:
                     await flipper.until(lambda facts: sum(fact["act"] == "flipped" for fact in facts) >= chance.randint(0, 1))
                     await asyncio.sleep(chance.random() * 0.15)
