@@ -18,6 +18,7 @@ from inventory_sdk.running import LEDGER_TIMEOUT, Running
 from inventory_sdk.selectors import Selector
 from inventory_sdk.servers import servers_for
 from inventory_sdk.stock.acts import LEVELS
+from inventory_sdk.stock.admission import ADMISSIONS
 from inventory_sdk.stock.batch import Answered
 from inventory_sdk.stock.decorators import Now, StockDecorators
 from inventory_sdk.stock.engine import Engine, StockSettings
@@ -41,10 +42,12 @@ class Inventory(StockDecorators):
     ``redis``: a URL or a redis.asyncio client; ``"memory://"`` embeds everything, worker included. ``queue``: an ``amqp://`` URL;
     None: the journal in Redis is the queue. ``database``: a SQLAlchemy URL with an async driver, or an AsyncEngine. ``merchant``:
     for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` is
-    kept in the ledger and must be the same in every process. ``durability``: for calls that name none; None: ``"queue"`` where
-    one is configured, else ``"redis"``. ``replicas``: how many copies ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and
-    ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus' default registry. ``journal_cap``: entries of a partition's
-    journal, each a batch of operations, at which takes are refused with ``JournalFull`` until the worker has caught up.
+    kept in the ledger and must be the same in every process. ``admission``: who sells the stock of merchants that are new to the
+    ledger, ``"redis"`` or, under row locks, ``"database"``; ``stock.adopt`` and ``stock.withdraw`` change it. ``durability``:
+    for calls that name none; None: ``"queue"`` where one is configured, else ``"redis"``. ``replicas``: how many copies
+    ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus'
+    default registry. ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with
+    ``JournalFull`` until the worker has caught up.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -76,8 +79,10 @@ class Inventory(StockDecorators):
         check_text("namespace", namespace)
         if set(namespace) & set("{}:"):
             raise InvalidOperation("namespace", namespace, "must not contain braces or colons: they belong to the Redis keys")
-        if admission != "redis":
-            raise InvalidOperation("admission", admission, "must be 'redis' in this release")
+        if admission == "auto":
+            raise InvalidOperation("admission", admission, "is not in this release yet: choose 'redis' or 'database', and adopt merchants")
+        if admission not in ADMISSIONS:
+            raise InvalidOperation("admission", admission, f"must be one of {', '.join(ADMISSIONS)}")
         if durability is not None and durability not in LEVELS:
             raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)}")
         if type(replicas) is not int or not 1 <= replicas <= MAX_REPLICAS:
@@ -94,11 +99,12 @@ class Inventory(StockDecorators):
             journal_cap=journal_cap,
             replicas=replicas,
             connections=self.lanes.connections(),
+            admission=admission,
         )
         self._prefix = table_prefix
         self._merchant = merchant
         self._durability: str | None = durability
-        self._ledger_part = self._servers.make_ledger(table_prefix)
+        self._ledger_part = self._servers.make_ledger(table_prefix, admission)
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -224,7 +230,7 @@ class Inventory(StockDecorators):
         servers = servers_for(redis, queue, database or "sqlite+aiosqlite://", embedded=True)
         kept = self._servers, self._ledger_part, self._here, self._uses
         self._servers = servers
-        self._ledger_part = servers.make_ledger(self._prefix)
+        self._ledger_part = servers.make_ledger(self._prefix, self._settings.admission)
         self._here, self._uses = WeakKeyDictionary(), WeakKeyDictionary()
         try:
             async with self:

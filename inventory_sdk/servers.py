@@ -76,7 +76,7 @@ class Servers:
         client.auto_close_connection_pool = True
         return client
 
-    def make_ledger(self, prefix: str) -> Ledger:
+    def make_ledger(self, prefix: str, admission: str = "redis") -> Ledger:
         """The SQL ledger; ``ImportError`` names the extra that is missing."""
         try:
             from inventory_sdk.ledger.sql import SqlLedger
@@ -86,7 +86,7 @@ class Servers:
             ) from error
         if self.database is None:
             raise InvalidOperation("database", None, "the ledger is the truth: give a SQL URL, or use memory:// for everything")
-        return SqlLedger(self.database, prefix)
+        return SqlLedger(self.database, prefix, admission)
 
 
 def servers_for(

@@ -160,6 +160,12 @@ class FakeLedger:
     async def reservation(self, key: str) -> ReservationRow | None:
         return self.holds.get(key)
 
+    async def places(self, fields: Sequence[str], merchant: str | None = None) -> dict[str, str]:
+        return {name: "redis" for name in (*fields, "") if name in self.rows or not name}
+
+    async def live_holds(self, partition: int, fields: Sequence[str]) -> list[ReservationRow]:
+        return []
+
     async def stock(self, fields: Sequence[str]) -> list[StockRow]:
         found = [(name.split(SEPARATOR), self.rows[name]) for name in fields if name in self.rows]
         return [StockRow(merchant, sku, available, reserved, 0, 0, 0, 0) for (merchant, sku), (available, reserved) in found]

@@ -242,6 +242,9 @@ class FakeLedger:
         taken, self.stale = self.stale[:limit], self.stale[limit:]
         return taken
 
+    async def due_holds(self, partition: int, limit: int, pinned_before_ms: int) -> list[ReservationRow]:
+        return []
+
     async def decide(self, key: str, verdict: str, connection: Any = None) -> str:
         return self.verdicts.setdefault(key, verdict)
 

@@ -9,7 +9,7 @@ commits is a whole batch and not a half.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import func, select, update
@@ -33,6 +33,8 @@ HEADER: Final = (
 )  # fmt: skip
 LINE: Final = ("key", "merchant", "sku", "original", "open", "confirmed", "released")
 POSITION: Final = ("partition", "epoch", "seq", "index")
+
+MovesStock = Callable[["AsyncConnection", Store, dict[str, Stock]], Awaitable[None]]
 
 _MOVING: Final = frozenset(LEDGER_DELTAS) | {Kind.UNDO}
 _REFERRING: Final = frozenset({
@@ -70,7 +72,7 @@ async def apply(
     last = applied + len(fresh) + len(gone)
     # A lost entry has a row too, with no nonce: one that turns up later is a fork, and never mistaken for a redelivery.
     await store.bulk.insert(connection, store.tables.entry, ENTRY, [(partition, epoch, seq, "", 0, 0) for seq in gone])
-    await _write(connection, store, fresh, verdicts)
+    await write_rows(connection, store, fresh, verdicts)
     table = store.tables.partition
     moved = await connection.execute(
         update(table)
@@ -199,7 +201,7 @@ async def _learn(
     if references:
         known.refused = await _refused_takes(connection, store, references)
     if deducts:
-        known.returned = await _returned(connection, store, deducts)
+        known.returned = await returned(connection, store, deducts)
     if made:
         pending = await rows.pending_credits(connection, store, partition, epoch, made)
         known.credits = {credit.position.sequence for credit in pending}
@@ -219,14 +221,17 @@ async def _refused_takes(connection: AsyncConnection, store: Store, references: 
     return {key for (key,) in found}
 
 
-async def _returned(connection: AsyncConnection, store: Store, keys: set[str]) -> set[str]:
+async def returned(connection: AsyncConnection, store: Store, keys: set[str]) -> set[str]:
     """The takes of which something came back."""
     table = store.tables.operation
     found = await store.bulk.select(connection, table, ("reference", "kind", "status"), ("reference",), [(key,) for key in keys])
     return {reference for reference, kind, status in found if kind == Kind.TAKE_BACK and status == "applied"}
 
 
-async def _write(connection: AsyncConnection, store: Store, fresh: Sequence[JournalEntry], verdicts: Verdicts) -> None:
+async def write_rows(
+    connection: AsyncConnection, store: Store, fresh: Sequence[JournalEntry], verdicts: Verdicts, move: MovesStock | None = None
+) -> None:
+    """All that the verdicts have collected; ``move`` writes the stock rows in another way than ``move_stock``."""
     bulk, tables, partition = store.bulk, store.tables, verdicts.partition
     # Undone takes first: they give up claims that the new rows may take.
     undone = [(partition, *at, UNDONE, None) for at in verdicts.undone]
@@ -238,7 +243,7 @@ async def _write(connection: AsyncConnection, store: Store, fresh: Sequence[Jour
     await bulk.insert(connection, tables.entry, ENTRY, entries)
     await bulk.insert(connection, tables.operation, OPERATION, verdicts.operations)
     await bulk.insert(connection, tables.change, CHANGE, verdicts.changes)
-    await move_stock(connection, store, verdicts.known.stock)
+    await (move or move_stock)(connection, store, verdicts.known.stock)
     await write_holds(connection, store, verdicts.known.holds.values(), verdicts.deleted)
     await bulk.insert(connection, tables.void, VOID, verdicts.voids)
     if verdicts.credits:

@@ -15,10 +15,12 @@ from sqlalchemy import select, update
 
 from inventory_sdk.errors import InvalidOperation, OperationConflict
 from inventory_sdk.ledger import rows
+from inventory_sdk.ledger.admission import remember_merchant
 from inventory_sdk.ledger.apply import ENTRY, call_writes, move_stock, write_holds
 from inventory_sdk.ledger.decide import APPLIED, CHANGE, HELD, OPERATION, TASK, Hold, Stock, parse_json, task_row
-from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, OperationRow, WritesStock
-from inventory_sdk.ledger.store import OPEN, PENDING, Store, clean, dumps
+from inventory_sdk.ledger.direct import at_database
+from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, OperationRow, StockArriving, WritesStock
+from inventory_sdk.ledger.store import ARRIVING, DATABASE, OPEN, PENDING, REDIS, Store, clean, dumps
 from inventory_sdk.model import (
     LEDGER_DELTAS,
     MAX_BALANCE,
@@ -64,9 +66,12 @@ async def enter(
     if known:
         seqs = [row.position.sequence for row in known.values()]
         pending = {c.position.sequence: c for c in await rows.pending_credits(connection, store, partition, epoch, seqs)}
-    stock = await _stock(connection, store, partition, [each for each in operations if each.key not in known])
+    stock, direct = await _stock(connection, store, partition, [each for each in operations if each.key not in known])
+    if not epoch and len(direct) < len(stock):
+        raise EpochClosed(f"partition {partition}: what Redis sells enters in an open epoch")
     names = {key_of(split_key(op.key)[0], name) for op in operations for _, name, _ in op.reservations}
-    work = _Entering(partition, epoch, applied, stock, await rows.holds(connection, store, names), sold, movements=bool(writes))
+    holds = await rows.holds(connection, store, names)
+    work = _Entering(partition, epoch, applied, stock, direct, holds, sold, movements=bool(writes))
     done: list[Entered] = []
     fresh: dict[str, tuple[Entering, Entered]] = {}
     for operation in operations:
@@ -108,6 +113,9 @@ async def _lock(connection: AsyncConnection, store: Store, partition: int, epoch
     table = store.tables.partition
     zero = select(table.c.applied).where(table.c.partition == partition, table.c.epoch == 0).with_for_update()
     applied = (await connection.execute(zero)).scalar()
+    if applied is not None and not epoch:
+        # Only what the ledger sells itself: it owes Redis nothing, so it needs no epoch of Redis.
+        return int(applied)
     share = select(table.c.state).where(table.c.partition == partition, table.c.epoch == epoch).with_for_update(read=True)
     state = (await connection.execute(share)).scalar()
     if applied is None or state != OPEN:
@@ -148,16 +156,27 @@ async def _sold(connection: AsyncConnection, store: Store, references: Sequence[
     return sold
 
 
-async def _stock(connection: AsyncConnection, store: Store, partition: int, operations: Sequence[Entering]) -> dict[str, Stock]:
-    """The rows that these operations touch, locked; missing ones are made, with zeros."""
+async def _stock(
+    connection: AsyncConnection, store: Store, partition: int, operations: Sequence[Entering]
+) -> tuple[dict[str, Stock], set[str]]:
+    """The rows that these operations touch, locked; missing ones are made, with zeros. And those that the ledger sells itself;
+    ``StockArriving`` for any that is on its way to Redis."""
     fields = {field for operation in operations for field in operation.lines[::2]}
     stock = await rows.stock(connection, store, fields, "update")
+    places = await rows.admissions(connection, store, stock)
+    if arriving := sorted(field for field, place in places.items() if place == ARRIVING):
+        raise StockArriving(f"sku {split_key(arriving[0])[1]!r} of merchant {split_key(arriving[0])[0]!r} is on its way to Redis")
     born = {field for each in operations if each.kind != Kind.TAKE_BACK for field in each.lines[::2]} - stock.keys()
-    new = [(*split_key(field), partition, "redis") for field in sorted(born)]
+    homes: dict[str, str] = {}
+    for merchant in sorted({split_key(field)[0] for field in born}):
+        homes[merchant] = DATABASE if await at_database(connection, store, merchant) else REDIS
+        await remember_merchant(connection, store, partition, merchant, homes[merchant])
+    new = [(*split_key(field), partition, homes[split_key(field)[0]]) for field in sorted(born)]
     await store.bulk.insert(connection, store.tables.stock, _NEW_STOCK, new)
-    for merchant, sku, _, _ in new:
+    for merchant, sku, _, place in new:
         stock[key_of(merchant, sku)] = Stock(merchant, sku, (0, 0, 0, 0, 0), 0)
-    return stock
+        places[key_of(merchant, sku)] = place
+    return stock, {field for field, place in places.items() if place == DATABASE}
 
 
 class _Entering:
@@ -169,6 +188,7 @@ class _Entering:
         epoch: int,
         applied: int,
         stock: dict[str, Stock],
+        direct: set[str],
         holds: dict[str, Hold],
         sold: dict[str, dict[str, int]],
         movements: bool,
@@ -177,6 +197,7 @@ class _Entering:
         self.epoch = epoch
         self.seq = applied
         self.stock = stock
+        self.direct = direct
         self.holds = holds
         self.sold = sold
         self.at_ms = time.time_ns() // 1_000_000
@@ -215,11 +236,12 @@ class _Entering:
             place = (position.partition, position.epoch, position.sequence, 0)
             self.tasks.append(task_row(extra["task"], merchant, operation_id, operation.kind, operation.order, row, place))
         credit = None
-        if operation.kind != Kind.OPEN:
-            credit = Credit(position, self.epoch, operation.key, tuple(moved))
-            for at in range(0, len(moved), 2):
+        owed = [part for at in range(0, len(moved), 2) if moved[at] not in self.direct for part in moved[at : at + 2]]
+        if operation.kind != Kind.OPEN and owed:
+            credit = Credit(position, self.epoch, operation.key, tuple(owed))
+            for at in range(0, len(owed), 2):
                 where = (self.partition, self.seq, at // 2, self.epoch, operation.key)
-                self.credits.append((*where, *split_key(moved[at]), moved[at + 1], PENDING))
+                self.credits.append((*where, *split_key(owed[at]), owed[at + 1], PENDING))
         return Entered(position, remaining, credit, False)
 
     def _return(self, operation: Entering) -> None:

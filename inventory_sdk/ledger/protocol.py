@@ -45,6 +45,10 @@ class LedgerUnavailable(Overloaded):
         self.reason = reason
 
 
+class StockArriving(InventoryError):
+    """This stock is on its way to Redis: nothing enters until it has arrived there."""
+
+
 @dataclass(frozen=True, slots=True)
 class PartitionRow:
     """The newest epoch of a partition. ``state``: ``open`` (takes are applied), ``rebuilding``; ``applied`` is its watermark."""
@@ -166,11 +170,97 @@ class ReservationRow:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """A stock row for loading: ``available`` less what pending credits of this epoch will add."""
+    """A stock row for loading: ``available`` less what pending credits of this epoch will add. ``admission``: who sells it,
+    ``redis``, ``database``, or ``arriving`` while it goes from there to Redis."""
 
     field: str
     available: int
     reserved: int
+    admission: str = "redis"
+
+
+@dataclass(frozen=True, slots=True)
+class DirectAct:
+    """One act on stock that the ledger itself sells: the batch script's operation, by name. ``lines`` is flat, summed, sorted;
+    empty for a whole close. ``mark`` is the position of the take that is undone or kept, ``flag`` as in the script."""
+
+    kind: str
+    key: str
+    fingerprint: str
+    lines: tuple[Any, ...]
+    order: str
+    reference: str
+    ttl_ms: int
+    extra: str
+    mark: str
+    flag: str
+
+
+@dataclass(frozen=True, slots=True)
+class DirectAnswer:
+    """What became of it. ``code``: ``done``; ``replay`` (``row`` or ``hold`` is the first), ``conflict``, ``short`` (``details``:
+    field, asked, available, …), ``unknown`` (fields without a row), ``elsewhere`` (Redis sells it), ``arriving``, ``mixed``
+    (fields that Redis sells, beside others), ``closed`` (state), ``not_found``, ``not_open`` (field, asked, open, …),
+    ``pinned``, ``too_late`` (can't be undone or kept any more), ``not_due``."""
+
+    code: str
+    position: Position | None = None
+    lines: tuple[Any, ...] = ()
+    remaining: tuple[int, ...] = ()
+    order: str = ""
+    details: tuple[Any, ...] = ()
+    row: OperationRow | None = None
+    hold: ReservationRow | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionRow:
+    """Who sells one SKU, and how often that has changed (``fence``)."""
+
+    field: str
+    admission: str
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """What a flip to the database came to: ``done`` (``holds`` are the keys of those that it took over), or why not yet:
+    ``behind`` (the watermark), ``pending`` (credits or voids are not in the ledger yet), ``unmarked`` (``rows`` that Redis may
+    still sell), or why not: ``overtaken`` (another process has changed it since), ``mixed`` (``holds`` that Redis runs also have
+    stock that stays there)."""
+
+    outcome: str
+    rows: tuple[AdmissionRow, ...] = ()
+    holds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """``rows`` are on their way to Redis; ``kept`` were Redis' already: their new fences end a withdrawal that had begun."""
+
+    rows: tuple[AdmissionRow, ...]
+    kept: tuple[AdmissionRow, ...]
+
+
+class Arrivals(Protocol):
+    """A reading of arriving stock, its rows held, for Redis: nobody sells it meanwhile."""
+
+    async def balances(self) -> list[Balance]: ...
+    async def reservations(self) -> list[ReservationRow]:
+        """Live ones with any line of it."""
+        ...
+
+    async def tombstones(self, since_ms: int) -> list[str]:
+        """Keys of its merchants that were closed before anything was held under them."""
+        ...
+
+    def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
+        """Applied operations of its merchants that never were in Redis (epoch 0), at or after ``since_ms``."""
+        ...
+
+    def forgotten(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
+        """Refused and undone ones whose id is free."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +370,48 @@ class Ledger(Protocol):
 
     def balances(self, partition: int, epoch: int, fields: Sequence[str]) -> AbstractAsyncContextManager[Mapping[str, Balance]]:
         """The rows that exist, held FOR SHARE (with the open epoch) until the block ends: what a load writes to Redis."""
+        ...
+
+    async def act(self, partition: int, act: DirectAct, writes: Sequence[WritesStock] = ()) -> DirectAnswer:
+        """One act on stock that the ledger sells, under row locks, with all that ``apply`` does for a journaled one; its
+        position is of epoch 0. Only ``done`` has moved anything. Times are the database's."""
+        ...
+
+    async def live_holds(self, partition: int, fields: Sequence[str]) -> list[ReservationRow]:
+        """Live reservations that have any of these fields open, sorted."""
+        ...
+
+    async def due_holds(self, partition: int, limit: int, pinned_before_ms: int) -> list[ReservationRow]:
+        """Live holds that the ledger runs and whose time has come by its own clock, with those that were pinned more than
+        ``pinned_before_ms`` ago; oldest first."""
+        ...
+
+    async def places(self, fields: Sequence[str], merchant: str | None = None) -> dict[str, str]:
+        """Who sells these fields; those without a row are left out. Under ``""``: who sells what is new at ``merchant``."""
+        ...
+
+    async def admission(self, merchant: str) -> list[AdmissionRow]:
+        """Every SKU of a merchant, sorted."""
+        ...
+
+    async def arrive(self, partition: int, epoch: int, fields: Sequence[str] | None, merchant: str) -> Arriving:
+        """Take stock from the direct sellers: from now on nobody sells it, until ``arrived``. ``fields`` None: all of the merchant,
+        new SKUs too. ``EpochClosed``; ``InvalidOperation`` while a hold joins it with stock that stays."""
+        ...
+
+    def arriving(self, partition: int, epoch: int, fields: Sequence[str]) -> AbstractAsyncContextManager[Arrivals]:
+        """The rows that are (still) arriving, held until the block ends. ``EpochClosed``."""
+        ...
+
+    async def arrived(self, partition: int, fences: Mapping[str, int]) -> int:
+        """Redis sells these (field → the fence it arrived under); how many rows this call has changed."""
+        ...
+
+    async def leave(
+        self, partition: int, epoch: int, marked: Mapping[str, int], applied: int, merchant: str, whole: bool = True
+    ) -> Leaving:
+        """Give stock to the direct sellers once the ledger has applied all that Redis did (``applied``), under the fences that
+        Redis was marked with. ``whole``: all of the merchant, new SKUs too. ``EpochClosed``."""
         ...
 
     async def stock(self, fields: Sequence[str]) -> list[StockRow]: ...

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import func, insert, literal, select, tuple_, update
 
 from inventory_sdk.ledger import rows
-from inventory_sdk.ledger.decide import APPLIED, HELD
+from inventory_sdk.ledger.decide import APPLIED, HELD, Hold
 from inventory_sdk.ledger.protocol import Balance, EpochClosed, OperationRow, PartitionRow, ReservationRow
-from inventory_sdk.ledger.store import CLOSED, DRAINING, LEDGER, OPEN, PENDING, REBUILDING, Store
+from inventory_sdk.ledger.store import ARRIVING, CLOSED, DATABASE, DRAINING, LEDGER, OPEN, PENDING, REBUILDING, REDIS, Store
 from inventory_sdk.model import key_of
 
 if TYPE_CHECKING:
@@ -125,13 +125,19 @@ class Reading:
         for pending in (tables.credit, tables.void):
             theirs = [pending.c.partition == self._partition, pending.c.epoch < self._epoch, pending.c.state == PENDING]
             await self._connection.execute(update(pending).where(*theirs).values(state=CLOSED))
+        # What was on its way to Redis arrives with this: balances, holds and results.
+        stock = tables.stock
+        await self._connection.execute(
+            update(stock).where(stock.c.partition == self._partition, stock.c.admission == ARRIVING).values(admission=REDIS)
+        )
 
     async def balances(self, size: int) -> AsyncIterator[Sequence[Balance]]:
-        """Every stock row of the partition."""
+        """Every stock row of the partition that Redis sells."""
         table = self._store.tables.stock
         key = tuple_(table.c.merchant, table.c.sku)
         columns = (table.c.merchant, table.c.sku, table.c.available, table.c.reserved)
-        query = select(*columns).where(table.c.partition == self._partition).order_by(table.c.merchant, table.c.sku).limit(size)
+        query = select(*columns).where(table.c.partition == self._partition, table.c.admission == REDIS)
+        query = query.order_by(table.c.merchant, table.c.sku).limit(size)
         after: tuple[str, str] | None = None
         while True:
             # From key to key, not with a cursor: a rebuild may stop between chunks and leaves nothing open.
@@ -144,7 +150,7 @@ class Reading:
             after = (found[-1][0], found[-1][1])
 
     async def reservations(self, size: int) -> AsyncIterator[Sequence[ReservationRow]]:
-        """Reservations with an open line."""
+        """Reservations with an open line, but for those that the ledger runs."""
         table = self._store.tables.reservation
         held = [table.c.partition == self._partition, table.c.state == HELD]
         query = select(table.c.key).where(*held).order_by(table.c.key).limit(size)
@@ -154,7 +160,8 @@ class Reading:
             keys = list((await self._connection.execute(page)).scalars())
             if keys:
                 found = await rows.holds(self._connection, self._store, keys)
-                yield [rows.reservation_row(found[key]) for key in keys]
+                places = await rows.admissions(self._connection, self._store, {name for hold in found.values() for name in hold.lines})
+                yield [rows.reservation_row(found[key]) for key in keys if not _ledgers(found[key], places)]
             if len(keys) < size:
                 return
             after = keys[-1]
@@ -187,6 +194,11 @@ class Reading:
             raise EpochClosed(f"partition {self._partition}: epoch {self._epoch} is not rebuilding")
         await self._connection.commit()
         self.opened = True
+
+
+def _ledgers(hold: Hold, places: dict[str, str]) -> bool:
+    """Whether the ledger runs this hold: it has any open line of stock that the ledger sells."""
+    return any(counts[1] and places.get(name) == DATABASE for name, counts in hold.lines.items())
 
 
 async def results_page(

@@ -49,6 +49,13 @@ async def stock(connection: AsyncConnection, store: Store, fields: Iterable[str]
     return {row[0] + SEPARATOR + row[1]: Stock(row[0], row[1], row[2:7], row[7]) for row in found}
 
 
+async def admissions(connection: AsyncConnection, store: Store, fields: Iterable[str]) -> dict[str, str]:
+    """Who sells these fields, of those that have a row."""
+    columns = ("merchant", "sku", "admission")
+    found = await store.bulk.select(connection, store.tables.stock, columns, ("merchant", "sku"), pairs(fields))
+    return {merchant + SEPARATOR + sku: place for merchant, sku, place in found}
+
+
 async def holds(connection: AsyncConnection, store: Store, keys: Iterable[str]) -> dict[str, Hold]:
     """Reservations by key, with their lines."""
     asked = [(key,) for key in keys]

@@ -79,6 +79,7 @@ class Tables:
     prefix: str
     metadata: MetaData
     stock: Table
+    admission: Table
     entry: Table
     operation: Table
     change: Table
@@ -97,6 +98,7 @@ class Tables:
         """Every table, in order of creation."""
         return (
             self.stock,
+            self.admission,
             self.entry,
             self.operation,
             self.change,
@@ -156,11 +158,18 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         small("partition"),
         *[number(name, default=0) for name in COUNTERS],
         Column("admission", Key(16), nullable=False),
+        # Rises with every change of ``admission``: what was begun under an older one is refused.
+        number("fence", default=0),
         number("version", default=0),
         *[check(f"stock_{name}", f"{name} >= 0") for name in COUNTERS],
         check("stock_adds_up", "supplied = available + reserved + sold + written_off"),
     )
     Index(f"{prefix}stock_partition", stock.c.partition, stock.c.merchant, stock.c.sku)
+
+    # Where a merchant's new SKUs are sold; those that are there say it themselves.
+    admission = table(
+        "admission", key("merchant", NAME_BYTES, primary=True), small("partition"), key("admission", 16), number("changed_ms")
+    )
 
     # One row per script call (or per SQL-first operation, in epoch 0): the nonce tells a redelivery from a fork.
     entry = table("entry", *position(), key("nonce", 64), number("at_ms"), small("operations"))
@@ -312,6 +321,7 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         prefix=prefix,
         metadata=meta,
         stock=stock,
+        admission=admission,
         entry=entry,
         operation=operation,
         change=change,

@@ -8,26 +8,33 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 try:
     from sqlalchemy import func, select
-    from sqlalchemy.exc import IntegrityError
+    from sqlalchemy.exc import DBAPIError, IntegrityError
 except ImportError as error:
     raise ImportError("the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])") from error
 
-from inventory_sdk.ledger import ddl, late, rebuild, rows, tasks
+from inventory_sdk.errors import OutcomeUnknown
+from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, rows, tasks
 from inventory_sdk.ledger import verify as checks
 from inventory_sdk.ledger.apply import apply
 from inventory_sdk.ledger.engines import Engines
 from inventory_sdk.ledger.enter import enter
 from inventory_sdk.ledger.protocol import (
+    AdmissionRow,
     Applied,
+    Arrivals,
+    Arriving,
     Balance,
     Credit,
+    DirectAct,
+    DirectAnswer,
     Entered,
     Entering,
     EpochClosed,
+    Leaving,
     OperationRow,
     PartitionRow,
     Rebuilding,
@@ -38,11 +45,22 @@ from inventory_sdk.ledger.protocol import (
     WritesStock,
 )
 from inventory_sdk.ledger.schema import tables
-from inventory_sdk.ledger.store import OPEN, PENDING, Store
-from inventory_sdk.model import JournalEntry, Position, key_of
+from inventory_sdk.ledger.store import OPEN, PENDING, REDIS, Store
+from inventory_sdk.model import JournalEntry, Position, key_of, split_key
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+
+DEADLOCKS: Final = 5
+"""Tries of a direct act that the database rolled back."""
+_ROLLED_BACK: Final = ("40P01", "40001", "1213", "1205", "database is locked")
+
+
+def _rolled_back(error: DBAPIError) -> bool:
+    cause: object = error.orig
+    codes = (getattr(cause, "sqlstate", None), *getattr(cause, "args", ()))
+    return any(str(code) in _ROLLED_BACK for code in codes)
 
 
 class SqlLedger:
@@ -50,13 +68,14 @@ class SqlLedger:
 
     ``database`` is a URL (``postgresql+asyncpg://``, ``mysql+asyncmy://``, ``sqlite+aiosqlite:///``) or an ``AsyncEngine``, which
     stays the caller's to dispose. One object serves several event loops, one after another or at once: each gets its own engine.
+    ``admission``: who sells the stock of merchants that the ledger sees for the first time, ``redis`` or ``database``.
     A driver that is not installed is an ``ImportError`` that names the extra; a database that isn't known, an ``InventoryError``.
     """
 
-    def __init__(self, database: str | AsyncEngine, prefix: str = "inventory_") -> None:
+    def __init__(self, database: str | AsyncEngine, prefix: str = "inventory_", admission: str = REDIS) -> None:
         self._engines = Engines(database)
         self.tables = tables(prefix)
-        self._store = Store(self.tables, self._engines.bulk, self._engines.dialect.name)
+        self._store = Store(self.tables, self._engines.bulk, self._engines.dialect.name, admission)
 
     @property
     def engine(self) -> AsyncEngine:
@@ -148,6 +167,7 @@ class SqlLedger:
             if state != OPEN:
                 raise EpochClosed(f"partition {partition}: epoch {epoch} is {state or 'unknown'}, nothing is loaded in it")
             stock = await rows.stock(connection, self._store, set(fields), "share")
+            places = await admission.places(connection, self._store, list(stock), None)
             # After the lock: a credit's operation holds its stock rows, so what is pending for these can't change any more.
             pending = (
                 select(credit.c.merchant, credit.c.sku, func.sum(credit.c.quantity))
@@ -155,7 +175,71 @@ class SqlLedger:
                 .group_by(credit.c.merchant, credit.c.sku)
             )
             coming = {key_of(merchant, sku): int(units) for merchant, sku, units in await connection.execute(pending)}
-            yield {field: Balance(field, row.available - coming.get(field, 0), row.reserved) for field, row in stock.items()}
+            yield {field: Balance(field, row.available - coming.get(field, 0), row.reserved, places[field]) for field, row in stock.items()}
+
+    async def live_holds(self, partition: int, fields: Sequence[str]) -> list[ReservationRow]:
+        """Live reservations that have any of these fields open, sorted."""
+        async with self._engines.read() as connection:
+            keys = await admission.holds_of(connection, self._store, partition, list(fields))
+            found = await rows.holds(connection, self._store, keys)
+            return [rows.reservation_row(found[key]) for key in sorted(found)]
+
+    async def act(self, partition: int, act: DirectAct, writes: Sequence[WritesStock] = ()) -> DirectAnswer:
+        """One act on stock that the ledger sells. ``EpochClosed`` before the partition's first opening, ``WritesStockFailed``,
+        ``OutcomeUnknown`` when the connection was lost."""
+        for attempt in range(1, DEADLOCKS + 1):
+            try:
+                async with self._engines.write() as connection:
+                    return await direct.act(connection, self._store, partition, act, writes)
+            except direct.NotOurs as moved:
+                return moved.answer
+            except DBAPIError as error:
+                if error.connection_invalidated:
+                    raise OutcomeUnknown(split_key(act.key)[1], f"the database went away: {error.orig!r}") from error
+                # Rolled back by the database, whole: two transactions stood in each other's way.
+                if attempt == DEADLOCKS or not _rolled_back(error):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def due_holds(self, partition: int, limit: int, pinned_before_ms: int) -> list[ReservationRow]:
+        """Holds that the ledger runs and whose time has come."""
+        async with self._engines.read() as connection:
+            return await admission.due_holds(connection, self._store, partition, limit, pinned_before_ms)
+
+    async def places(self, fields: Sequence[str], merchant: str | None = None) -> dict[str, str]:
+        """Who sells these fields, and under ``""`` what is new at ``merchant``."""
+        async with self._engines.read() as connection:
+            return await admission.places(connection, self._store, fields, merchant)
+
+    async def admission(self, merchant: str) -> list[AdmissionRow]:
+        """Every SKU of a merchant, sorted."""
+        async with self._engines.read() as connection:
+            return await admission.of_merchant(connection, self._store, merchant)
+
+    async def arrive(self, partition: int, epoch: int, fields: Sequence[str] | None, merchant: str) -> Arriving:
+        """Take stock from the direct sellers. ``EpochClosed``; ``InvalidOperation``."""
+        async with self._engines.write() as connection:
+            return await admission.arrive(connection, self._store, partition, epoch, fields, merchant)
+
+    @asynccontextmanager
+    async def arriving(self, partition: int, epoch: int, fields: Sequence[str]) -> AsyncIterator[Arrivals]:
+        """A reading of arriving rows, held until the block ends. ``EpochClosed``."""
+        async with self._engines.write() as connection:
+            reading = admission.Reading(connection, self._store, partition, fields)
+            await reading.lock(epoch)
+            yield reading
+
+    async def arrived(self, partition: int, fences: Mapping[str, int]) -> int:
+        """Redis sells these; how many rows were changed."""
+        async with self._engines.write() as connection:
+            return await admission.arrived(connection, self._store, partition, fences)
+
+    async def leave(
+        self, partition: int, epoch: int, marked: Mapping[str, int], applied: int, merchant: str, whole: bool = True
+    ) -> Leaving:
+        """Give stock to the direct sellers, as far as that may be now. ``EpochClosed``."""
+        async with self._engines.write() as connection:
+            return await admission.leave(connection, self._store, partition, epoch, marked, applied, merchant, whole)
 
     async def stock(self, fields: Sequence[str]) -> list[StockRow]:
         """The rows of these fields that exist, sorted."""

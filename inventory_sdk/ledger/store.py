@@ -25,8 +25,22 @@ CLOSED: Final = "closed"
 LEDGER: Final = "ledger"
 """Epoch 0: SQL-first operations."""
 
+REDIS: Final = "redis"
+"""Admission: Redis sells it."""
+ARRIVING: Final = "arriving"
+"""Nobody sells it until Redis has been given its balances, holds and results."""
+DATABASE: Final = "database"
+"""The ledger sells it, under row locks."""
+
 MADE: Final = "made"
 PENDING: Final = "pending"
+
+_NOW_MS: Final = {
+    "postgresql": "SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint",
+    "mysql": "SELECT FLOOR(UNIX_TIMESTAMP(SYSDATE(3)) * 1000)",
+    "mariadb": "SELECT FLOOR(UNIX_TIMESTAMP(SYSDATE(3)) * 1000)",
+    "sqlite": "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
+}
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -49,6 +63,12 @@ class Store:
     tables: Tables
     bulk: Bulk
     dialect: str
+    admission: str = REDIS
+    """Of merchants that the ledger sees for the first time."""
+
+    async def now_ms(self, connection: AsyncConnection) -> int:
+        """The database's clock, in milliseconds since 1970."""
+        return int((await connection.exec_driver_sql(_NOW_MS[self.dialect])).scalar_one())
 
     async def insert_if_absent(self, connection: AsyncConnection, table: Table, values: dict[str, Any]) -> None:
         """Waits for an open transaction that inserted the same key; afterwards the row is there, this one or the other."""

@@ -29,7 +29,7 @@ from inventory_sdk.model import (
 )
 from inventory_sdk.stock import entering, reading
 from inventory_sdk.stock.answers import closed, error, receipt, refused
-from inventory_sdk.stock.batch import ASK_LEDGER, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, REPLAY, TOO_LATE, Answer, Answered
+from inventory_sdk.stock.batch import ASK_LEDGER, AWAY, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, REPLAY, TOO_LATE, Answer, Answered
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, read_result
@@ -119,7 +119,8 @@ class Acts:
         key = key_of(receipt.merchant, receipt.operation_id)
         position = receipt.positions[0]
         mark = f"{position.epoch}-{position.sequence}"
-        operation: list[Any] = ["keep", f"{key}\x1fkeep", "", [], "", key, 0, "", mark, ""]
+        one = key_of(receipt.lines[0].merchant, receipt.lines[0].sku) if receipt.lines else ""
+        operation: list[Any] = ["keep", f"{key}\x1fkeep", "", [], "", key, 0, "", mark, one]
         answer, _ = await self._engine().send(self._home(receipt.merchant), operation)
         if answer[0] not in (DONE, DONE_LINES, REPLAY, TOO_LATE):
             raise refused(answer)
@@ -234,14 +235,21 @@ class Acts:
         key = f"{merchant}\x1f{name}"
         operation = [kind, key, fingerprint(kind, "", flat), flat, order or "", "", hold_ms, extra, "", FLAGS.get(level, "")]
         orphaned = partial(self._give_back, engine, partition, kind, key, flat) if made_up else None
-        batcher = engine.batcher(partition, context.lane.get())
-        answer, batch = await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
+        found = None
+        if engine.direct.busy and engine.direct.expects(operation):
+            found = await engine.direct.act(partition, operation, orphaned)
+        if found is None:
+            batcher = engine.batcher(partition, context.lane.get())
+            found = await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
+        answer, batch = found
         code = answer[0]
-        if code == NOT_LOADED:
-            answer, batch = await engine.send_again(partition, operation, (answer, batch), orphaned)
+        if code in (NOT_LOADED, AWAY):
+            answer, batch = await engine.send_again(partition, operation, found, orphaned)
             code = answer[0]
         if code <= DONE:
             position = batch.position
+            if not position.epoch:
+                level = "database"
             if level != "redis":
                 try:
                     first = await self._reach(engine, position, level, key, batch)
@@ -259,6 +267,8 @@ class Acts:
         if code == REPLAY:
             record = read_result(answer[1])
             position = Position(partition.number, record.epoch, record.sequence)
+            if not record.epoch or not batch.position.epoch:
+                level = "database"
             remaining = record.remaining
             if not remaining:
                 known = await reading.status(engine, partition, key)
@@ -341,6 +351,8 @@ class Acts:
                 raise ReservationNotFound(reservation, home)
         if answer[0] <= DONE:
             position = batch.position
+            if not position.epoch:
+                level = "database"
             if level != "redis":
                 await self._reach(engine, position, level, key, batch)
             _, remaining, moved, order = answer
@@ -348,6 +360,8 @@ class Acts:
         if answer[0] == REPLAY:
             record = read_result(answer[1])
             position = Position(partition.number, record.epoch, record.sequence)
+            if not record.epoch or not batch.position.epoch:
+                level = "database"
             if level != "redis":
                 await self._reach(engine, position, level, key, batch)
             first = record.lines or flat

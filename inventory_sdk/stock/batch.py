@@ -43,6 +43,8 @@ DONE_LINES: Final = -1
 """Done, with what the call did not name: [-1, [remaining, …], [field, quantity, …], order]."""
 DONE, REPLAY, CONFLICT, SHORT, NOT_LOADED, FROZEN, CLOSED, NOT_FOUND, JOURNAL_FULL, NOT_OPEN, PIN, TOO_LATE, NOT_DUE, ASK_LEDGER = range(14)
 """Codes of the batch script's answers."""
+AWAY: Final = 30
+"""The database sells it, or is about to: [30, field, …]."""
 _REASONS: Final = {
     CONFLICT: "conflict",
     SHORT: "insufficient",
@@ -56,6 +58,7 @@ _REASONS: Final = {
     TOO_LATE: "ended",
     NOT_DUE: "not_due",
     ASK_LEDGER: "forgotten",
+    AWAY: "away",
 }
 
 GIVE: Final = frozenset({"release", "expire", "undo", "void"})

@@ -16,7 +16,8 @@ from inventory_sdk.errors import Overloaded
 from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics.events import Happened, Metrics
 from inventory_sdk.model import JournalOperation, partition_of, split_key
-from inventory_sdk.stock.batch import NOT_LOADED, PIN, Answer, Batcher, Publish, read_entries
+from inventory_sdk.stock.admission import Direct, fields_of, leaving
+from inventory_sdk.stock.batch import AWAY, NOT_FOUND, NOT_LOADED, PIN, TOO_LATE, Answer, Batcher, Publish, read_entries
 from inventory_sdk.stock.givers import Givers
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.loading import Loader
@@ -30,6 +31,10 @@ log = logging.getLogger("inventory_sdk.stock")
 
 PIN_WAITS: Final = (0.01, 0.05, 0.1, 0.2, 0.4)
 """Seconds between looks at a hold that its decider has pinned: a commit takes milliseconds."""
+
+
+LOOKED_AT: Final = frozenset({NOT_LOADED, PIN, AWAY, NOT_FOUND, TOO_LATE})
+"""Answers that may not be the last word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class StockSettings:
     wait_timeout: float = 5.0
     connections: Mapping[str, int] = field(default_factory=dict)
     """Script calls that a lane may have under way at once, over all partitions; a lane that is not there: one per partition."""
+    admission: str = "redis"
 
 
 class Engine:
@@ -81,6 +87,7 @@ class Engine:
         self.givers = Givers(publish, self.in_background, metrics) if publish is not None else None
         self._background: set[asyncio.Task[Any]] = set()
         self.loader = Loader(ledger, partial(opener, self) if opener is not None else None)
+        self.direct = Direct(ledger, settings.admission, metrics, writes_stock, self.loader)
         self.upkeep = Upkeep(
             self.partitions.__getitem__,
             self._submit_upkeep,
@@ -107,18 +114,26 @@ class Engine:
         return batcher
 
     async def send(self, partition: Partition, operation: list[Any]) -> Answer:
-        """One operation's answer, its stock loaded first where it was not; waits a moment for a pinned hold's decider."""
-        answer = await self.batcher(partition, context.lane.get()).submit(operation)
-        code = answer[0][0]
-        if code != NOT_LOADED and code != PIN:
+        """One operation's answer, from Redis or from the ledger, whoever sells its stock; loaded first where it was not; waits a
+        moment for a pinned hold's decider."""
+        answer = await self._once(partition, operation, None)
+        if answer[0][0] not in LOOKED_AT:
             return answer
         return await self.send_again(partition, operation, answer, None)
+
+    async def _once(self, partition: Partition, operation: list[Any], orphaned: Callable[[Answer], None] | None) -> Answer:
+        """Where it is believed to be sold; the ledger knows when that is wrong, and then it is sold in Redis."""
+        if (self.direct.busy or operation[8]) and self.direct.expects(operation):
+            found = await self.direct.act(partition, operation, orphaned)
+            if found is not None:
+                return found
+        batcher = self.batcher(partition, context.lane.get())
+        return await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
 
     async def send_again(
         self, partition: Partition, operation: list[Any], answer: Answer, orphaned: Callable[[Answer], None] | None
     ) -> Answer:
-        """What ``send`` does after an answer that something is not loaded, or pinned."""
-        batcher = self.batcher(partition, context.lane.get())
+        """What ``send`` does after an answer that something is not loaded, pinned, or not here."""
         loads = 0
         waits = iter(PIN_WAITS)
         while True:
@@ -127,7 +142,18 @@ class Engine:
                 loads += 1
                 if loads > 5:
                     raise Overloaded("the stock of this operation does not stay loaded; the partition is being recovered", 0.5)
-                await self.loader.load(partition, answer[0][1:])
+                direct = await self.loader.load(partition, answer[0][1:])
+                if direct:
+                    self.direct.note(direct, split_key(operation[1])[0], True)
+            elif code == AWAY:
+                loads += 1
+                if loads > 5:
+                    raise Overloaded("the stock of this operation keeps changing hands", 0.5)
+                await leaving(self.direct, answer[0][1:], split_key(operation[1])[0])
+            elif code in (NOT_FOUND, TOO_LATE) and answer[1].position.epoch and loads < 2:
+                loads += 1
+                if not await self._elsewhere(partition, operation):
+                    return answer
             elif code == PIN:
                 pause = next(waits, None)
                 if pause is None:
@@ -136,7 +162,25 @@ class Engine:
                 await asyncio.sleep(pause)
             else:
                 return answer
-            answer = await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
+            answer = await self._once(partition, operation, orphaned)
+
+    async def _elsewhere(self, partition: Partition, operation: list[Any]) -> bool:
+        """Redis does not know the hold, or the take: whether it is worth to ask again, because the ledger runs it, or because it
+        has been brought now."""
+        merchant = split_key(operation[1])[0]
+        if operation[0] in ("undo", "keep"):
+            fields = fields_of(operation)
+            return bool(fields) and await self.direct.sells(fields, merchant)
+        row = await self.ledger.reservation(operation[5])
+        held = row is not None and row.state == "held"
+        open_ = [row.lines[at] for at in range(0, len(row.lines), 5) if row.lines[at + 2]] if row is not None and held else []
+        if await self.direct.sells(open_, merchant):
+            return True
+        if not held:
+            return False
+        # It was handed over by reads_stock, with stock that nobody has asked for since.
+        await self.loader.load(partition, open_)
+        return True
 
     async def _submit_upkeep(self, partition: Partition, operation: list[Any]) -> Answer:
         return await self.batcher(partition, "upkeep").submit(operation)
@@ -176,6 +220,7 @@ class Engine:
         """Waits for batches, loads and undos under way."""
         while self._background:
             await asyncio.wait(set(self._background))
+        await self.direct.drain()
         await self.loader.close()
         for batcher in self._batchers.values():
             await batcher.close()

@@ -10,7 +10,7 @@ from typing import Any, Final
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConflict, OutcomeUnknown, StockFrozen, UnknownStock
-from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, LedgerUnavailable
+from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, LedgerUnavailable, StockArriving
 from inventory_sdk.metrics.events import Retried
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
 from inventory_sdk.stock import reading
@@ -46,9 +46,6 @@ async def enter(
     settled: Callable[[Position], Awaitable[None]],
 ) -> Done:
     """Commit, then credit. ``OutcomeUnknown`` when the commit stands but its credit could not be made now: the worker will."""
-    record = (await reading.read(engine, partition, operations=[key])).results[0]
-    if record is not None and read_result(record).fingerprint != ENTERED:
-        raise OperationConflict(split_key(key)[1])
     entering = Entering(
         kind=str(kind),
         key=key,
@@ -60,14 +57,23 @@ async def enter(
         extra=json.dumps(extra, separators=(",", ":")) if extra else "",
     )
     await engine.loader.opened(partition, flat[::2])
+    if engine.direct.busy and engine.direct.expects_any(flat[::2], split_key(key)[0]):
+        ours = await _directly(engine, partition, entering)
+        if ours is not None:
+            return Done(ours.position, ours.remaining, ours.replayed)
+    record = (await reading.read(engine, partition, operations=[key])).results[0]
+    if record is not None and read_result(record).fingerprint != ENTERED:
+        raise OperationConflict(split_key(key)[1])
     waited = False
     for _ in range(5):
         await partition.known()
         try:
-            entered = await _commit(engine, partition, entering)
+            entered = await _commit(engine, partition.number, int(partition.epoch), entering)
         except EpochClosed:
             partition.forget()
             continue
+        except StockArriving as error:
+            raise StockFrozen(str(error), retry_after=0.1) from error
         except InvalidOperation as error:
             # The sale it gives back may be journaled and not applied yet.
             if not reference or waited or error.field not in ("of", "lines"):
@@ -81,11 +87,16 @@ async def enter(
         raise StockFrozen(f"partition {partition.number} is being recovered", retry_after=0.5)
     engine.loader.arrived(flat[::2])
     if entered.credit is None:
+        if not entered.replayed:
+            engine.direct.note(flat[::2], split_key(key)[0], True)
         return Done(entered.position, entered.remaining, entered.replayed)
     try:
         answer = await _credited(engine, partition, entered.credit, flat[::2])
     except InventoryError as error:  # whatever kept the credit away, the transaction stands
         raise OutcomeUnknown(split_key(key)[1], f"it is in the ledger, its credit is pending: {error}") from error
+    if len(entered.credit.lines) < len(flat) and answer[0] in (DONE, DONE_LINES, REPLAY):
+        # Some of it is the ledger's to sell: what remains there it says itself.
+        return Done(entered.position, entered.remaining, entered.replayed)
     if answer[0] == REPLAY:
         return Done(entered.position, read_result(answer[1]).remaining, entered.replayed)
     if answer[0] == DONE_LINES:
@@ -95,7 +106,7 @@ async def enter(
     return Done(entered.position, answer[1:], entered.replayed)
 
 
-async def _commit(engine: Engine, partition: Partition, entering: Entering) -> Entered:
+async def _commit(engine: Engine, number: int, epoch: int, entering: Entering) -> Entered:
     """The transaction, again where the database could not: its id is known there if the lost one had committed."""
 
     def count(state: RetryCallState) -> None:
@@ -110,10 +121,25 @@ async def _commit(engine: Engine, partition: Partition, entering: Entering) -> E
         reraise=True,
     )
     try:
-        entered: list[Entered] = await again(engine.ledger.enter, partition.number, int(partition.epoch), [entering], engine.writes_stock)
+        entered: list[Entered] = await again(engine.ledger.enter, number, epoch, [entering], engine.writes_stock)
     except LedgerUnavailable as error:
         raise OutcomeUnknown(split_key(entering.key)[1], str(error)) from error
     return entered[0]
+
+
+async def _directly(engine: Engine, partition: Partition, entering: Entering) -> Entered | None:
+    """Without Redis, for stock that the ledger sells; None when Redis sells any of it."""
+    fields, merchant = entering.lines[::2], split_key(entering.key)[0]
+    try:
+        entered = await _commit(engine, partition.number, 0, entering)
+    except EpochClosed:
+        engine.direct.note(fields, merchant, False)
+        return None
+    except StockArriving as error:
+        raise StockFrozen(str(error), retry_after=0.1) from error
+    engine.loader.arrived(fields)
+    engine.direct.note(fields, merchant, True)
+    return entered
 
 
 async def _credited(engine: Engine, partition: Partition, credit: Credit, fields: Sequence[str]) -> list[Any]:
@@ -155,6 +181,12 @@ async def open_balances(engine: Engine, partition: Partition, fields: Sequence[s
             )
     if not operations:
         return
+    if engine.direct.busy:
+        try:
+            await engine.ledger.enter(partition.number, 0, operations)
+            return
+        except EpochClosed:
+            engine.direct.note((), split_key(fields[0])[0], False)
     await partition.known()
     try:
         await engine.ledger.enter(partition.number, int(partition.epoch), operations)

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inventory_sdk.errors import InventoryError, QuantityMismatch, UnknownStock
-from inventory_sdk.ledger.protocol import ReservationRow
-from inventory_sdk.model import Position, Reservation, StockLevel, key_of, split_key
+from inventory_sdk.errors import InvalidOperation, InventoryError, QuantityMismatch, StockFrozen, UnknownStock
+from inventory_sdk.model import Kind, Position, Reservation, StockLevel, fingerprint, key_of, split_key
+from inventory_sdk.stock import handover
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_reservation, read_result, write_reservation
@@ -26,6 +26,7 @@ class Reading:
     available: list[int | None]
     reserved: list[int | None]
     frozen: list[bool]
+    leaving: list[bool]
     results: list[str | None]
     reservations: list[str | None]
 
@@ -60,51 +61,86 @@ async def read(
         numbers(available),
         numbers(reserved),
         [bool(value) for value in frozen or []],
+        [str(value or "").startswith("w") for value in frozen or []],
         texts(results),
         texts(holds),
     )
 
 
 async def levels(engine: Engine, partition: Partition, merchant: str, skus: Sequence[str]) -> dict[str, StockLevel]:
-    """Levels of several SKUs, loaded first where Redis does not have them."""
+    """Levels of several SKUs, loaded first where Redis does not have them; of those that the ledger sells, from there."""
     if not skus:
         return {}
     fields = [key_of(merchant, sku) for sku in skus]
+    if engine.direct.busy and engine.direct.expects_any(fields, merchant) and (ours := await _direct_levels(engine, fields, merchant)):
+        return ours
     absent = fields
     for _ in range(5):
         found = await read(engine, partition, fields)
         absent = [field for field, value in zip(fields, found.available, strict=True) if value is None]
-        if not absent:
+        left = [field for field, leaving in zip(fields, found.leaving, strict=True) if leaving]
+        there = await engine.ledger.places(left) if left else {}
+        if not absent and "database" not in there.values():
             return {
                 sku: StockLevel(available or 0, reserved or 0, found.epoch, found.sequence)
                 for sku, available, reserved in zip(skus, found.available, found.reserved, strict=True)
             }
-        await engine.loader.load(partition, absent)
+        direct = await engine.loader.load(partition, absent) if absent else []
+        direct += [field for field, place in there.items() if place == "database"]
+        if direct:
+            engine.direct.note(direct, merchant, True)
+            if ours := await _direct_levels(engine, fields, merchant):
+                return ours
+            raise InvalidOperation("skus", skus, "some are sold by the database and others by Redis: ask for them one by one")
     raise UnknownStock(merchant, split_key(absent[0])[1])
 
 
+async def _direct_levels(engine: Engine, fields: Sequence[str], merchant: str) -> dict[str, StockLevel] | None:
+    """From the ledger, which sells all of these; None if it does not. Epoch 0 is its own."""
+    if set((await engine.ledger.places(fields)).values()) != {"database"}:
+        return None
+    found = {row.sku: StockLevel(row.available, row.reserved, 0, row.version) for row in await engine.ledger.stock(fields)}
+    for field in fields:
+        if split_key(field)[1] not in found:
+            raise UnknownStock(merchant, split_key(field)[1])
+    return found
+
+
 async def reservation(engine: Engine, partition: Partition, key: str) -> Reservation | None:
-    """A hold as Redis has it; a closed one that Redis has forgotten, as the ledger has it."""
+    """A hold as Redis has it; as the ledger has it where that runs it, or Redis has forgotten it."""
+    direct = engine.direct
+    if direct.busy and direct.expects_any((), split_key(key)[0]):
+        row = await engine.ledger.reservation(key)
+        if row is not None and await direct.sells(row.lines[::5], split_key(key)[0]):
+            return read_reservation(key, write_reservation(row))
     record = (await read(engine, partition, reservations=[key])).reservations[0]
     if record is not None:
         return read_reservation(key, record)
-    row: ReservationRow | None = await engine.ledger.reservation(key)
+    row = await engine.ledger.reservation(key)
     return read_reservation(key, write_reservation(row)) if row is not None else None
 
 
 async def status(engine: Engine, partition: Partition, key: str) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int]] | None:
-    """(kind, position, order, flat lines, remaining) of an operation, wherever it is still known."""
-    record = (await read(engine, partition, operations=[key])).results[0]
+    """(kind, position, order, flat lines, remaining) of an operation, wherever it is still known; a write-off's quantities are
+    negative."""
+    direct = engine.direct.busy and engine.direct.expects_any((), split_key(key)[0])
+    record = None if direct else (await read(engine, partition, operations=[key])).results[0]
     if record is not None:
         result = read_result(record)
         found = await engine.journaled(partition, key, result.epoch, result.sequence)
         if found is not None and found.kind != "credit":
             position = Position(partition.number, result.epoch, result.sequence)
-            return found.kind, position, found.order or None, found.lines, found.remaining
+            return found.kind, position, found.order or None, _signed(found.kind, found.fingerprint, found.lines), found.remaining
     row = await engine.ledger.operation(key)
     if row is None:
         return None
-    return row.kind, row.position, row.order or None, row.lines, row.remaining
+    return row.kind, row.position, row.order or None, _signed(row.kind, row.fingerprint, row.lines), row.remaining
+
+
+def _signed(kind: str, mark: str, flat: Sequence[Any]) -> Sequence[Any]:
+    if kind != Kind.ADJUST or mark != fingerprint(Kind.ADJUST, "", flat):
+        return flat
+    return [-part if at % 2 else part for at, part in enumerate(flat)]
 
 
 async def reopen(engine: Engine, partition: Partition, field: str, settled: Callable[[Position], Awaitable[None]]) -> None:
@@ -131,6 +167,8 @@ async def reopen(engine: Engine, partition: Partition, field: str, settled: Call
                     (f"reserved of {sku!r} in Redis", row.reserved, found[1]),
                 ]
             )
-        await partition.wire.client.hdel(partition.key("frozen"), field)
-        return
+        status, _ = await handover.run_step(partition, str(after.epoch), "reopen", [field], [])
+        if status > 0:
+            return
+        raise StockFrozen(f"sku {sku!r} of merchant {merchant!r} is changing hands, or its partition is", retry_after=0.5)
     raise InventoryError(f"sku {sku!r} of merchant {merchant!r} moves too much to be compared now; try again")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from inventory_sdk.ledger.protocol import OperationRow, ReservationRow
-from inventory_sdk.model import Line, Reservation, split_key
+from inventory_sdk.model import Kind, Line, Reservation, fingerprint, split_key
 
 RS: Final = "\x1e"
 PIN_OVERDUE_MS: Final = 60_000
@@ -39,10 +39,13 @@ def read_result(text: str) -> Result:
 
 
 def write_result(row: OperationRow) -> str:
-    """The record of an applied operation, for a rebuild."""
+    """The record of an applied operation, for a rebuild. One that entered through the ledger only has its id taken."""
+    entered = not row.position.epoch and (
+        row.kind in (Kind.RESTOCK, Kind.TAKE_BACK) or (row.kind == Kind.ADJUST and row.fingerprint != fingerprint(row.kind, "", row.lines))
+    )
     text = RS.join(
         (
-            row.fingerprint,
+            "entered" if entered else row.fingerprint,
             f"{row.position.epoch}-{row.position.sequence}",
             "k" if row.kept else "",
             ",".join(map(str, row.remaining)),

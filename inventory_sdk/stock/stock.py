@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final, Literal
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, Final, Literal
 
 from inventory_sdk.model import Kind, Line, Position, Receipt, Reservation, StockLevel, check_text, check_ttl, key_of
-from inventory_sdk.stock import reading
+from inventory_sdk.stock import handover, reading
 from inventory_sdk.stock.acts import Acts, ttl_ms
 from inventory_sdk.stock.answers import public_kind, receipt
+from inventory_sdk.stock.engine import Engine
 
 Durability = Literal["redis", "replica", "aof", "queue", "database"]
 DEFAULT_TTL: Final = 900.0
@@ -188,9 +190,41 @@ class Stock(Acts):
         if found is None:
             return None
         kind, position, order, flat, remaining = found
-        signed = -1 if kind == Kind.ADJUST and position.epoch else 1
         level = "redis" if position.epoch else "database"
-        return receipt(operation_id, public_kind(kind), home, order, flat, remaining, position, level, True, signed)
+        return receipt(operation_id, public_kind(kind), home, order, flat, remaining, position, level, True)
+
+    # Who sells it -----------------------------------------------------------------------------------------------------------
+
+    async def adopt(self, merchant: str) -> int:
+        """From now on Redis sells this merchant's stock; how many SKUs went there (0: it did already).
+
+        Safe to repeat, also after a process died half-way, and while others sell: they get ``StockFrozen`` for the moment that it
+        takes. Raises ``StockFrozen`` while the partition is being recovered, ``InvalidOperation`` while a reservation joins this
+        stock with another merchant's that stays on the database.
+        """
+        home = check_text("merchant", merchant)
+        engine = self._engine()
+        return await self._handed(engine, handover.adopt(engine, engine.home(home), home), f"adopt {home}")
+
+    async def withdraw(self, merchant: str) -> int:
+        """From now on the database sells this merchant's stock, under row locks; how many SKUs went there (0: it did already).
+
+        This drains: Redis refuses (``StockFrozen``) from the start, and the database sells once it has applied all that Redis did,
+        for which a worker must run. Safe to repeat, also after a process died half-way. ``DurabilityNotReached`` when the ledger
+        does not catch up and ``InvalidOperation`` while a reservation joins this stock with another merchant's that stays in
+        Redis: Redis then sells on. ``StockFrozen`` while the partition is being recovered.
+        """
+        home = check_text("merchant", merchant)
+        engine = self._engine()
+
+        async def settled(position: Position) -> None:
+            await self._reach(engine, position, "settled", "", None)
+
+        return await self._handed(engine, handover.withdraw(engine, engine.home(home), home, settled), f"withdraw {home}")
+
+    async def _handed(self, engine: Engine, work: Coroutine[Any, Any, int], name: str) -> int:
+        # A caller who goes away half-way must not leave a merchant that nobody sells.
+        return await asyncio.shield(engine.in_background(work, name))
 
     async def reopen(self, sku: str, *, merchant: str | None = None) -> None:
         """Unfreeze a SKU that a refusal of the ledger froze, after comparing Redis and ledger; ``QuantityMismatch`` if they differ."""

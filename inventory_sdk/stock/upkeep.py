@@ -14,7 +14,7 @@ from redis.exceptions import OutOfMemoryError
 from inventory_sdk.errors import InventoryError, StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import Credit, EpochClosed, Ledger, Rebuilding, Void
 from inventory_sdk.model import JournalOperation, fingerprint, key_of, split_key
-from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
+from inventory_sdk.stock.batch import AWAY, CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
 from inventory_sdk.stock.givers import sweep
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_reservation, write_result
@@ -71,7 +71,7 @@ class Upkeep:
         self,
         partition: Callable[[int], Partition],
         submit: Submits,
-        load: Callable[[Partition, Sequence[str]], Awaitable[None]],
+        load: Callable[[Partition, Sequence[str]], Awaitable[Sequence[str]]],
         results_window: float,
         results_most: int,
         journal_most: int,
@@ -141,7 +141,8 @@ class Upkeep:
                 return answer
             if code != NOT_LOADED:
                 raise InventoryError(f"{operation[0]} {operation[1]!r} was refused: {answer[0]}")
-            await self._load(view, answer[0][1:])
+            if await self._load(view, answer[0][1:]):
+                return answer  # the database sells it: nothing is owed to Redis any more
         raise InventoryError(f"{operation[0]} {operation[1]!r}: its stock does not stay loaded")
 
     async def due_expiries(self, partition: int, limit: int) -> list[str]:
@@ -180,6 +181,8 @@ class Upkeep:
         mark = "" if kind == "resume" else fingerprint(kind, key, ())
         operation = [kind, act, mark, [], "", key, resume if kind == "resume" else 0, "", "", "d"]
         answer, _ = await self._settle(view, operation)
+        if answer[0] in (AWAY, NOT_LOADED):
+            return  # the ledger runs it now, or will in a moment
         if answer[0] not in (DONE, DONE_LINES, REPLAY, CLOSED, NOT_FOUND):
             raise InventoryError(f"pinned hold {name!r} of {merchant!r} could not be settled as {verdict}: {answer}")
 

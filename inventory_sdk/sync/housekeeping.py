@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from inventory_sdk.model import split_key
+from inventory_sdk.ledger.protocol import DirectAct, ReservationRow
+from inventory_sdk.model import Kind, fingerprint, key_of, split_key
+from inventory_sdk.stock.records import PIN_OVERDUE_MS
 from inventory_sdk.sync.backoff import waited
 from inventory_sdk.sync.parts import Parts, log
 
@@ -14,6 +16,17 @@ EXPIRE_LIMIT: Final = 500
 STALE_AGE: Final = 24 * 3600.0
 STALE_PERIOD: Final = 60.0
 STALE_LIMIT: Final = 100
+
+
+def ending(row: ReservationRow, verdict: str) -> DirectAct:
+    """The act that ends a due hold; of a pinned one, as its decider said and its pin keeps what that means."""
+    merchant, name = split_key(row.key)
+    kind = Kind.EXPIRE
+    if row.pinned:
+        kind = Kind.RELEASE if verdict == "aborted" else Kind.CONFIRM if row.expires_at == 1 else Kind.RESUME
+    mark = fingerprint(kind, row.key, ()) if kind in (Kind.RELEASE, Kind.CONFIRM) else ""
+    ttl_ms = row.expires_at if kind == Kind.RESUME else 0
+    return DirectAct(kind.value, key_of(merchant, f"{name}\x1f{kind.value}"), mark, (), "", row.key, ttl_ms, "", "", "d")
 
 
 class Housekeeping:
@@ -41,8 +54,9 @@ class Housekeeping:
             await waited(parts.stopping, pause)
 
     async def tidy(self) -> None:
-        """One round. Does nothing while the partition is not open."""
+        """One round. Does nothing in Redis while the partition is not open."""
         parts = self._parts
+        await self.expire_direct()
         row = await parts.ledger.partition(self._partition)
         if row is None or row.state != "open":
             return
@@ -58,6 +72,19 @@ class Housekeeping:
         if time.monotonic() >= self._stale_at:
             await self._report_stale(state.now_ms)
             self._stale_at = time.monotonic() + STALE_PERIOD
+
+    async def expire_direct(self) -> int:
+        """Holds that the ledger runs, by its own clock: expire what is due, end overdue pins as their decider says."""
+        parts, ended = self._parts, 0
+        for row in await parts.ledger.due_holds(self._partition, EXPIRE_LIMIT, PIN_OVERDUE_MS):
+            verdict = await parts.ledger.decide(row.key, "aborted") if row.pinned else ""
+            answer = await parts.ledger.act(self._partition, ending(row, verdict), parts.writes_stock)
+            if answer.code == "done":
+                ended += 1
+                if not row.pinned:
+                    merchant, reservation = split_key(row.key)
+                    parts.tell("expired", {"merchant": merchant, "reservation": reservation})
+        return ended
 
     async def expire(self) -> int:
         """Expire all that is due; how many holds ended. A pinned one is ended as its decider says, which is ``aborted`` from

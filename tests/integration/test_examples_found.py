@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from inventory_sdk import Inventory, Line, Movement, OpeningBalance, ReservationNotFound, UnknownStock
+from inventory_sdk import Inventory, Line, Movement, OpeningBalance, UnknownStock
 
 
 def shop_with(*balances: OpeningBalance) -> Inventory:
@@ -85,11 +85,15 @@ async def test_an_inventory_that_is_closed_at_once_leaves_no_connection(redis_ur
     await client.aclose()
 
 
-@pytest.mark.xfail(raises=ReservationNotFound, strict=True, reason="opened holds are in the ledger but never come to Redis")
 async def test_a_hold_of_the_service_can_be_confirmed_after_the_switch() -> None:
     async with shop_with(OpeningBalance("a", 3, [("old", 2)])) as inventory:
         assert (await inventory.stock.level("a")).reserved == 2
         await inventory.stock.confirm("old")
+        assert (await inventory.stock.level("a")).reserved == 0
+        await inventory.settled()
+        (row,) = await inventory.ledger.stock(["default\x1fa"])
+        assert (row.available, row.reserved, row.sold) == (3, 0, 2)
+        assert await inventory.ledger.verify() == []
 
 
 @pytest.mark.xfail(raises=OperationalError, strict=True, reason="what enters has a transaction of its own, and SQLite one writer")

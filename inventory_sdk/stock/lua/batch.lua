@@ -9,6 +9,7 @@
 --         pin: ttl ms = 1: the decider's commit confirms; else what a resume gives it (0: until closed); mark = ms until overdue
 --         void: lines in threes: field, available delta, reserved delta; flag "f" freezes the SKUs, reference = reservation to close
 --         credit: reference = key of the operation that entered through the ledger
+--         keep: flag = a field of the take
 --         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider,
 --         "s" stand in for a reserve that was lost: take the lines that the call names
 --         what sells: flag may hold "Q": at durability queue, so it rests on what gave its stock back; "W" and "A" are the client's
@@ -22,6 +23,7 @@
 --     [3, field, asked, available, ...]  short    [4, field, ...]  not loaded    [5, field, ...]  frozen    [6, state]  closed
 --     [7]  no such reservation    [8]  journal full    [9, field, asked, open, ...]  more than is open    [10]  pinned
 --     [11]  can't be undone or kept any more    [12, expires_at]  not due
+--     [30, field, ...]  the database sells it, or is about to (marked in frozen by admit.lua)
 --     [13, record]  seen before, and how its reservation ended is not known here (after a rebuild): ask the ledger
 --
 -- A result record is: fingerprint RS position RS flags RS remaining,... RS order RS lines (field RS quantity ...; only where the call gave none)
@@ -127,6 +129,7 @@ for i = 1, #ops do
     hold_names[#hold_names + 1] = reference
     if kind == 'undo' or kind == 'keep' or kind == 'void' or kind == 'credit' then result_names[#result_names + 1] = reference end
   end
+  if kind == 'keep' and op[10] ~= '' then fields[#fields + 1] = op[10] end
   if not IS_TAKE[kind] then only_takes = false end
   if kind == 'deduct' or kind == 'adjust' then
     for j = 1, #lines, 2 do fields[#fields + 1] = lines[j] end
@@ -158,6 +161,12 @@ if #fields > 0 then
   if any_frozen then hmget(KEYS[4], fields, frozen) end
 end
 if #both > 0 then hmget(KEYS[3], both, raw_reserved) end
+-- Stock that is leaving for the database bears a mark, "w..." (see admit.lua): nothing that the ledger counts may move it here.
+local function leaving(field) return any_frozen and frozen[field] and sub(frozen[field], 1, 1) == 'w' end
+local any_leaving = false
+for field in pairs(frozen) do
+  if leaving(field) then any_leaving = true end
+end
 local available, reserved = {}, {}
 for field, value in pairs(raw_available) do available[field] = tonumber(value) end
 for field, value in pairs(raw_reserved) do reserved[field] = tonumber(value) end
@@ -260,6 +269,28 @@ local function journaled(i, op, lines, remaining, expires_at, kind)
   end
 end
 
+local LEDGER_NEUTRAL = {credit = true, void = true, correct = true}
+
+-- What of an operation, or of the record of its hold, is leaving; nil: nothing.
+local function gone(op, record)
+  local away
+  local function look(list, from)
+    for j = from, #list, 2 do
+      if leaving(list[j]) then
+        away = away or {30}
+        away[#away + 1] = list[j]
+      end
+    end
+  end
+  if op and not LEDGER_NEUTRAL[op[1]] then
+    look(op[4], 1)
+    if op[1] == 'keep' then look({op[10]}, 1) end
+    record = holds[op[1] == 'reserve' and op[2] or op[6]]
+  end
+  if record then look(record, 6) end
+  return away
+end
+
 -- Lines of a take: loaded, not frozen, covered; answers the refusal, or nil.
 local function uncovered(lines)
   local unknown, blocked, short
@@ -305,6 +336,13 @@ local function seen(op)
   local record = results[op[2]]
   if not record then return nil end
   if find(record, op[3] .. RS, 1, true) ~= 1 then return {2} end
+  if IS_TAKE[op[1]] then  -- what is not loaded may be the database's by now, and so is the answer
+    local unknown = {4}
+    for j = 1, #op[4], 2 do
+      if available[op[4][j]] == nil then unknown[#unknown + 1] = op[4][j] end
+    end
+    if #unknown > 1 then return unknown end
+  end
   if any_givers then
     local lines = op[4]
     if #lines == 0 then lines = {unpack(split(record), 6)} end
@@ -345,7 +383,7 @@ function decide.reserve(i, op)
   local key = op[2]
   local hold = holds[key]
   local answer = seen(op)
-  if answer and answer[1] == 2 then return answer end
+  if answer and answer[1] ~= 1 then return answer end
   if hold then
     if hold[3] ~= op[3] then return {2} end
     if any_givers then rest(op, op[4]) end
@@ -454,7 +492,6 @@ local function reacquire(i, op, closed)
       lines[#lines + 1] = closed[j]
       lines[#lines + 1] = expired
       fetch(closed[j])
-      if any_frozen then frozen[closed[j]] = call('HGET', KEYS[4], closed[j]) or nil end
     end
   end
   if full then return {8} end
@@ -496,6 +533,11 @@ local function close(i, op, state)
   if not hold then
     local closed = closed_record(key)
     if closed then
+      if any_frozen then
+        for j = 6, #closed, 2 do frozen[closed[j]] = call('HGET', KEYS[4], closed[j]) or nil end
+        local away = gone(nil, closed)
+        if away then return away end
+      end
       if state == CONFIRMED and closed[1] == EXPIRED and find(flag, 'r', 1, true) then return reacquire(i, op, closed) end
       return {6, closed[1]}
     end
@@ -642,8 +684,9 @@ function decide.void(i, op)
     move(lines[j], lines[j + 1], lines[j + 2])
     remaining[#remaining + 1] = available[lines[j]]
     if find(flag, 'f', 1, true) then
-      new_frozen[lines[j]] = true
-      any_frozen, frozen[lines[j]] = true, true
+      local mark = leaving(lines[j]) and string.match(frozen[lines[j]], '^w%d+') .. ' ' .. position or position
+      new_frozen[lines[j]] = mark
+      any_frozen, frozen[lines[j]] = true, mark
     end
   end
   if key ~= '' then
@@ -661,7 +704,7 @@ end
 
 for i = 1, #ops do
   local op = ops[i]
-  local answer = decide[op[1]](i, op)
+  local answer = any_leaving and gone(op) or decide[op[1]](i, op)
   if answer then answers[i] = cjson.encode(answer) end
 end
 
@@ -727,9 +770,9 @@ if #journal > 0 then
   bulk('HDEL', KEYS[7], gone)
 
   set = {}
-  for field in pairs(new_frozen) do
+  for field, mark in pairs(new_frozen) do
     set[#set + 1] = field
-    set[#set + 1] = position
+    set[#set + 1] = mark
   end
   bulk('HSET', KEYS[4], set)
 

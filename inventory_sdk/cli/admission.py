@@ -1,0 +1,45 @@
+"""``inventory-sdk admission``: who sells a merchant's stock, Redis or the database, and handing it over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from inventory_sdk.cli.options import run
+from inventory_sdk.cli.worker import load
+
+if TYPE_CHECKING:
+    from inventory_sdk.inventory import Inventory
+
+Action = Annotated[Literal["adopt", "withdraw", "show"], typer.Argument(help="adopt: Redis sells. withdraw: the database sells.")]
+
+
+def admission(
+    action: Action,
+    target: Annotated[str, typer.Argument(metavar="MODULE:INVENTORY", help="Where your Inventory is, e.g. shop.stock:inventory")],
+    merchant: Annotated[str, typer.Option(help="Whose stock.")],
+) -> None:
+    """Say who sells a merchant's stock, or change it with sales going on. Safe to repeat; withdraw needs a running worker."""
+    run(handed_over(load(target), action, merchant))
+
+
+async def handed_over(inventory: Inventory, action: str, merchant: str) -> bool:
+    """Print what was done and how things stand; False when an SDK error stopped it."""
+    from inventory_sdk.errors import InventoryError
+
+    async with inventory:
+        try:
+            if action != "show":
+                call = inventory.stock.adopt if action == "adopt" else inventory.stock.withdraw
+                typer.echo(f"OK      {await call(merchant)} SKUs went over")
+        except InventoryError as error:
+            typer.echo(f"FAILED  {error}")
+            return False
+        finally:
+            rows = Counter(row.admission for row in await inventory.ledger.admission(merchant))
+            new = (await inventory.ledger.places([], merchant))[""]
+            shown = ", ".join(f"{count} SKUs {where}" for where, count in sorted(rows.items())) or "no SKU yet"
+            typer.echo(f"        merchant {merchant}: {shown}; new ones {new}")
+    return True
