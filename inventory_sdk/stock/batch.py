@@ -36,7 +36,23 @@ GIVE_UP: Final = 10.0
 
 DONE_LINES: Final = -1
 """Done, with what the call did not name: [-1, [remaining, …], [field, quantity, …], order]."""
-DONE, REPLAY, CONFLICT, SHORT, NOT_LOADED, FROZEN, CLOSED, NOT_FOUND, JOURNAL_FULL, NOT_OPEN, PIN, TOO_LATE, NOT_DUE, ASK_LEDGER = range(14)
+(
+    DONE,
+    REPLAY,
+    CONFLICT,
+    SHORT,
+    NOT_LOADED,
+    FROZEN,
+    CLOSED,
+    NOT_FOUND,
+    JOURNAL_FULL,
+    NOT_OPEN,
+    PIN,
+    TOO_LATE,
+    NOT_DUE,
+    ASK_LEDGER,
+    GIVEN_UP,
+) = range(15)
 """Codes of the batch script's answers."""
 _REASONS: Final = {
     CONFLICT: "conflict",
@@ -51,6 +67,7 @@ _REASONS: Final = {
     TOO_LATE: "ended",
     NOT_DUE: "not_due",
     ASK_LEDGER: "forgotten",
+    GIVEN_UP: "part_given_up",
 }
 
 _dumps: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode

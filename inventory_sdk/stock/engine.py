@@ -17,6 +17,7 @@ from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics.events import Happened, Metrics
 from inventory_sdk.model import JournalOperation, partition_of, split_key
 from inventory_sdk.stock.batch import NOT_LOADED, PIN, Answer, Batcher, Publish, read_entries
+from inventory_sdk.stock.deciding import resolve
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.loading import Loader
 from inventory_sdk.stock.partition import Partition
@@ -72,6 +73,7 @@ class Engine:
             self.loader.load,
             settings.results_window,
             settings.results_most,
+            partial(resolve, self),
         )
 
     def home(self, merchant: str) -> Partition:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen, UnknownStock
-from inventory_sdk.ledger.protocol import Credit, Entering, EpochClosed
+from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.answers import refused
@@ -80,9 +80,14 @@ async def enter(
     if entered.credit is None:
         return Done(entered.position, entered.remaining, entered.replayed)
     try:
-        answer = await _credited(engine, partition, entered.credit, flat[::2])
+        return await credited(engine, partition, entered, entered.credit, flat[::2])
     except (Overloaded, OutcomeUnknown) as error:
         raise OutcomeUnknown(split_key(key)[1], f"it is in the ledger, its credit is pending: {error}") from error
+
+
+async def credited(engine: Engine, partition: Partition, entered: Entered, credit: Credit, fields: Sequence[str]) -> Done:
+    """The credit of what has entered, made once."""
+    answer = await _credited(engine, partition, credit, fields)
     if answer[0] == REPLAY:
         return Done(entered.position, read_result(answer[1]).remaining, entered.replayed)
     if answer[0] == DONE_LINES:

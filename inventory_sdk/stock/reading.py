@@ -6,15 +6,17 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inventory_sdk.errors import InventoryError, QuantityMismatch, UnknownStock
 from inventory_sdk.ledger.protocol import ReservationRow
 from inventory_sdk.model import Position, Reservation, StockLevel, key_of, split_key
-from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_reservation, read_result, write_reservation
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
+
+if TYPE_CHECKING:
+    from inventory_sdk.stock.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +94,22 @@ async def reservation(engine: Engine, partition: Partition, key: str) -> Reserva
     return read_reservation(key, write_reservation(row)) if row is not None else None
 
 
-async def status(engine: Engine, partition: Partition, key: str) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int]] | None:
-    """(kind, position, order, flat lines, remaining) of an operation, wherever it is still known."""
+async def status(
+    engine: Engine, partition: Partition, key: str
+) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int], Sequence[Any]] | None:
+    """(kind, position, order, flat lines, remaining, parts in other partitions) of an operation, wherever it is still known."""
     record = (await read(engine, partition, operations=[key])).results[0]
     if record is not None:
         result = read_result(record)
         found = await engine.journaled(partition, key, result.epoch, result.sequence)
         if found is not None and found.kind != "credit":
             position = Position(partition.number, result.epoch, result.sequence)
-            return found.kind, position, found.order or None, found.lines, found.remaining
+            parts = json.loads(found.extra).get("parts", ()) if '"parts":' in found.extra else ()
+            return found.kind, position, found.order or None, found.lines, found.remaining, parts
     row = await engine.ledger.operation(key)
     if row is None:
         return None
-    return row.kind, row.position, row.order or None, row.lines, row.remaining
+    return row.kind, row.position, row.order or None, row.lines, row.remaining, row.parts
 
 
 async def reopen(engine: Engine, partition: Partition, field: str, settled: Callable[[Position], Awaitable[None]]) -> None:

@@ -34,7 +34,9 @@ class Applier:
         tasks_due: asyncio.Event,
         corrections_due: asyncio.Event,
         max_operations: int = MAX_OPERATIONS,
+        following: Callable[[Sequence[JournalEntry]], None] | None = None,
     ) -> None:
+        self._following = following
         self._parts = parts
         self._partition = partition
         self._on_applied = on_applied
@@ -117,6 +119,8 @@ class Applier:
         self._on_applied(Position(self._partition, buffer.epoch, applied.sequence))
         if applied.tasks:
             self._tasks_due.set()
+        if self._following is not None:
+            self._following(fresh)
         duplicates = sum(refusal.reason == "duplicate" for refusal in applied.refusals)
         lag = max(0.0, time.time() - fresh[-1].at_ms / 1000) if fresh else 0.0
         parts.metrics.record(
