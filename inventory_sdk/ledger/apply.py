@@ -17,10 +17,25 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from inventory_sdk.errors import InventoryError, QuantityMismatch
 from inventory_sdk.ledger import rows
-from inventory_sdk.ledger.decide import CHANGE, CLAIMING, OPERATION, TASK, UNDONE, Hold, Known, Stock, Verdicts, parse_json, parse_position
+from inventory_sdk.ledger.decide import (
+    CHANGE,
+    CLAIMING,
+    OPERATION,
+    TASK,
+    UNDOABLE,
+    UNDONE,
+    Hold,
+    Known,
+    Stock,
+    Verdicts,
+    abort_keys,
+    parse_json,
+    parse_position,
+    parts_of,
+)
 from inventory_sdk.ledger.protocol import Applied, EpochClosed, ForkFound, WatermarkMoved, WritesStock, WritesStockFailed
 from inventory_sdk.ledger.schema import COUNTERS
-from inventory_sdk.ledger.store import CLOSED, DRAINING, MADE, OPEN, PENDING, Store
+from inventory_sdk.ledger.store import CLOSED, DRAINING, MADE, OPEN, PENDING, Store, dumps
 from inventory_sdk.model import LEDGER_DELTAS, JournalEntry, Kind, Movement, split_key
 
 if TYPE_CHECKING:
@@ -30,6 +45,7 @@ ENTRY: Final = ("partition", "epoch", "seq", "nonce", "at_ms", "operations")
 VOID: Final = ("partition", "epoch", "seq", "index", "key", "kind", "reference", "deltas", "freeze", "state")
 HEADER: Final = (
     "key", "partition", "epoch", "seq", "state", "fingerprint", "order_id", "expires_at", "pinned", "opened_ms", "reported",
+    "elsewhere",
 )  # fmt: skip
 LINE: Final = ("key", "merchant", "sku", "original", "open", "confirmed", "released")
 POSITION: Final = ("partition", "epoch", "seq", "index")
@@ -183,6 +199,8 @@ async def _learn(
                 claims.add(operation.key)
             if kind in _MOVING:
                 fields.update(operation.lines[::2])
+                if kind in UNDOABLE and operation.extra and (parts := parts_of(parse_json(operation.extra, operation.key))):
+                    reservations.update(abort_keys(operation.key, parts))
             if kind == Kind.RESERVE:
                 if careful:
                     reservations.add(operation.key)
@@ -292,21 +310,25 @@ async def write_holds(connection: AsyncConnection, store: Store, holds: Iterable
             new.append(hold)
             continue
         if hold.touched:
-            touched.append((hold.key, hold.state, hold.fingerprint, hold.expires_at, hold.pinned))
+            touched.append((hold.key, hold.state, hold.fingerprint, hold.expires_at, hold.pinned, _elsewhere(hold)))
         moved += [(hold.key, *split_key(field), *hold.lines[field]) for field in hold.moved]
         lines += [(hold.key, *split_key(field), *hold.lines[field]) for field in hold.born]
     headers = [
         (
             hold.key, hold.partition, hold.epoch, hold.seq, hold.state, hold.fingerprint, hold.order or None, hold.expires_at,
-            hold.pinned, hold.opened_ms, False,
+            hold.pinned, hold.opened_ms, False, _elsewhere(hold),
         )
         for hold in new
     ]  # fmt: skip
     await bulk.insert(connection, header, HEADER, headers)
     lines += [(hold.key, *split_key(field), *counts) for hold in new for field, counts in hold.lines.items()]
     await bulk.insert(connection, line, LINE, lines)
-    await bulk.update(connection, header, ("key",), ("state", "fingerprint", "expires_at", "pinned"), touched)
+    await bulk.update(connection, header, ("key",), ("state", "fingerprint", "expires_at", "pinned", "elsewhere"), touched)
     await bulk.update(connection, line, ("key", "merchant", "sku"), ("original", "open", "confirmed", "released"), moved)
+
+
+def _elsewhere(hold: Hold) -> str | None:
+    return dumps(hold.foreign) if hold.foreign else None
 
 
 async def call_writes(connection: AsyncConnection, writes: Sequence[WritesStock], movements: Sequence[Movement]) -> None:

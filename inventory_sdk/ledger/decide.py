@@ -128,6 +128,8 @@ class Hold:
     moved: set[str] = field(default_factory=set)
     born: set[str] = field(default_factory=set)
     """Lines that a stored hold has gained."""
+    foreign: dict[str, list[int]] = field(default_factory=dict)
+    """At the home of a call over several partitions: field there → [partition, original, open, confirmed, released]."""
 
     def close(self, lines: list[Any], column: int, ending: str | None) -> None:
         """Move units from open to ``column`` (2 confirmed, 3 released); the state when nothing is open is ``ending``, or
@@ -137,8 +139,23 @@ class Hold:
             counts[1] -= lines[at + 1]
             counts[column] += lines[at + 1]
             self.moved.add(lines[at])
-        if not any(counts[1] for counts in self.lines.values()):
-            sold = any(counts[2] for counts in self.lines.values())
+        self.end(ending)
+
+    def close_elsewhere(self, parts: list[Any], column: int, ending: str | None) -> None:
+        """The same for lines in other partitions, which move there."""
+        for part in parts:
+            for at in range(0, len(part[2]), 2):
+                counts = self.foreign.get(part[2][at])
+                if counts is not None:
+                    counts[2] -= part[2][at + 1]
+                    counts[column + 1] += part[2][at + 1]
+        self.touched = True
+        self.end(ending)
+
+    def end(self, ending: str | None) -> None:
+        """Closed, if nothing is open any more."""
+        if not any(counts[1] for counts in self.lines.values()) and not any(counts[2] for counts in self.foreign.values()):
+            sold = any(counts[2] for counts in self.lines.values()) or any(counts[3] for counts in self.foreign.values())
             self.state = ending or (CONFIRMED if sold else RELEASED)
             self.touched = True
 
@@ -182,6 +199,16 @@ def parse_json(extra: str, where: object) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise InventoryError(f"{where}: extra must be an object: {extra!r}")
     return parsed
+
+
+def parts_of(extra: dict[str, Any]) -> list[Any]:
+    """What an operation of several partitions has in the others: [partition, position or "", flat lines, remaining], …"""
+    return [[part[0], part[1], part[2] or [], part[3] or []] for part in extra.get("parts") or ()]
+
+
+def abort_keys(key: str, parts: list[Any]) -> list[str]:
+    """The tombstones that stand where a part was given up before its call decided."""
+    return [f"{key}{SEPARATOR}abort{SEPARATOR}{part[0]}{SEPARATOR}{part[1]}" for part in parts if part[1]]
 
 
 def parse_position(operation: JournalOperation, extra: dict[str, Any], parts: int) -> tuple[int, ...]:
@@ -257,13 +284,15 @@ class Verdicts:
         row = [
             self.partition, self._epoch, self._seq, self._index, merchant, operation_id,
             key if status == APPLIED and kind in CLAIMING else None,
-            kind, order or None, reference or None, fingerprint, len(lines) // 2, self._receipt(lines, remaining), status, False,
+            kind, order or None, reference or None, fingerprint, len(lines) // 2, self._receipt(lines, remaining, extra), status, False,
             self._at_ms, clean(str(reason)) if reason else None,
         ]  # fmt: skip
         self.operations.append(row)
         return row
 
-    def _receipt(self, lines: list[Any], remaining: list[int]) -> str:
+    def _receipt(self, lines: list[Any], remaining: list[int], extra: dict[str, Any]) -> str:
+        if "parts" in extra:
+            return dumps([lines, remaining, parts_of(extra)])
         if len(lines) != 2 or len(remaining) != 1:
             return dumps([lines, remaining])
         # The common case by hand: an encoder costs more than the rest of the row.
@@ -361,9 +390,16 @@ class Verdicts:
     def _claim(self, operation: JournalOperation, row: list[Any]) -> None:
         self.known.claims[operation.key] = Take(operation.kind, self._epoch, self._seq, self._index, operation.lines, operation.order, row)
 
+    def _given_up(self, operation: JournalOperation, extra: dict[str, Any]) -> bool:
+        """Whether a part of it was given up before: then the call as a whole did not happen."""
+        return bool(extra) and any(key in self.known.holds for key in abort_keys(operation.key, parts_of(extra)))
+
     def _take(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         if operation.key in self.known.claims:
             self._refuse(operation, extra, "duplicate", freeze=False)
+            return
+        if self._given_up(operation, extra):
+            self._refuse(operation, extra, "closed", freeze=False)
             return
         per_unit = LEDGER_DELTAS[operation.kind]
         if not self._move(operation.lines, per_unit):
@@ -378,6 +414,9 @@ class Verdicts:
         if key in self.known.claims or key in self.known.holds:
             self._refuse(operation, extra, "duplicate", freeze=False)
             return
+        if self._given_up(operation, extra):
+            self._refuse(operation, extra, "closed", freeze=False)
+            return
         per_unit = LEDGER_DELTAS[Kind.RESERVE]
         if not self._move(lines, per_unit):
             self._refuse(operation, extra, "insufficient", freeze=True)
@@ -385,6 +424,12 @@ class Verdicts:
         self._claim(operation, self._accept(operation, extra))
         counts = {lines[at]: [lines[at + 1], lines[at + 1], 0, 0] for at in range(0, len(lines), 2)}
         self._hold(operation, key, HELD, counts)
+        if extra:
+            hold = self.known.holds[key]
+            hold.pinned = bool(extra.get("pinned"))
+            for part in parts_of(extra):
+                for at in range(0, len(part[2]), 2):
+                    hold.foreign[part[2][at]] = [part[0], part[2][at + 1], part[2][at + 1], 0, 0]
         if self._moving:
             self._tell(operation, per_unit, extra, key, "")
 
@@ -416,10 +461,10 @@ class Verdicts:
             self._refuse(operation, extra, "insufficient", freeze=True)
             return
         row = self._accept(operation, extra)
-        if kind == Kind.CONFIRM:
-            hold.close(lines, 2, None)
-        else:
-            hold.close(lines, 3, EXPIRED if kind == Kind.EXPIRE else None)
+        column, ending = (2, None) if kind == Kind.CONFIRM else (3, EXPIRED if kind == Kind.EXPIRE else None)
+        hold.close(lines, column, ending)
+        if "parts" in extra:
+            hold.close_elsewhere(parts_of(extra), column, ending)
         if kind != Kind.EXPIRE:
             self._claim(operation, row)
         if self._moving:
@@ -603,7 +648,9 @@ def task_row(
 ) -> tuple[Any, ...]:
     """A task's columns, see ``TASK``. Its receipt is JSON: kind, merchant, operation_id, order, lines (flat), remaining,
     position (partition, epoch, sequence)."""
-    lines, remaining = json.loads(row[OPERATION.index("receipt")])
+    lines, remaining, *elsewhere = json.loads(row[OPERATION.index("receipt")])
+    if elsewhere:
+        lines, remaining = _merged(lines, remaining, elsewhere[0])
     receipt = {
         "kind": kind,
         "merchant": merchant,
@@ -618,6 +665,15 @@ def task_row(
         *position, task["name"], int(task.get("version", 1)), arguments if isinstance(arguments, str) else dumps(arguments),
         merchant, order or operation_id, operation_id, dumps(receipt), 0, 0, "pending",
     )  # fmt: skip
+
+
+def _merged(lines: list[Any], remaining: list[int], parts: list[Any]) -> tuple[list[Any], list[int]]:
+    rows = list(zip(lines[::2], lines[1::2], remaining, strict=True))
+    for part in parts:
+        left = part[3] or [0] * (len(part[2]) // 2)
+        rows += zip(part[2][::2], part[2][1::2], left, strict=True)
+    rows.sort()
+    return [value for row in rows for value in row[:2]], [row[2] for row in rows]
 
 
 TASK: Final = (

@@ -17,13 +17,14 @@ from inventory_sdk.errors import InvalidOperation, OperationConflict
 from inventory_sdk.ledger import rows
 from inventory_sdk.ledger.admission import remember_merchant
 from inventory_sdk.ledger.apply import ENTRY, call_writes, move_stock, write_holds
-from inventory_sdk.ledger.decide import APPLIED, CHANGE, HELD, OPERATION, TASK, Hold, Stock, parse_json, task_row
+from inventory_sdk.ledger.decide import APPLIED, CHANGE, HELD, OPERATION, TASK, Hold, Stock, parse_json, parts_of, task_row
 from inventory_sdk.ledger.direct import at_database
 from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, OperationRow, StockArriving, WritesStock
 from inventory_sdk.ledger.store import ARRIVING, DATABASE, OPEN, PENDING, REDIS, Store, clean, dumps
 from inventory_sdk.model import (
     LEDGER_DELTAS,
     MAX_BALANCE,
+    SEPARATOR,
     Deltas,
     Kind,
     Movement,
@@ -227,7 +228,8 @@ class _Entering:
         kept = [value for field, value in zip(operation.lines[::2], remaining, strict=True) if field in moved[::2]]
         row = [
             self.partition, 0, self.seq, 0, merchant, operation_id, operation.key, operation.kind, operation.order or None,
-            operation.reference or None, operation.fingerprint, len(moved) // 2, dumps([moved, kept]), APPLIED, False, self.at_ms,
+            operation.reference or None, operation.fingerprint, len(moved) // 2,
+            dumps([moved, kept, parts_of(extra)] if "parts" in extra else [moved, kept]), APPLIED, False, self.at_ms,
             clean(str(reason)) if reason else None,
         ]  # fmt: skip
         self.operations.append(row)
@@ -246,7 +248,7 @@ class _Entering:
 
     def _return(self, operation: Entering) -> None:
         left = self.sold.get(operation.reference)
-        name = split_key(operation.reference)[1]
+        name = split_key(operation.reference)[1].partition(SEPARATOR)[0]  # of a part: its call's
         if left is None:
             raise InvalidOperation("of", name, "is not a sale that the ledger knows")
         for at in range(0, len(operation.lines), 2):

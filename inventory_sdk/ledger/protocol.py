@@ -150,13 +150,15 @@ class OperationRow:
     status: str
     kept: bool
     at_ms: int
+    parts: tuple[Any, ...] = ()
+    """What it did in other partitions, as decided here: (partition, position of the part or "", flat lines, remaining), …"""
 
 
 @dataclass(frozen=True, slots=True)
 class ReservationRow:
     """A reservation as the ledger has it. ``lines`` is flat in fives: field, original, open, confirmed, released.
     ``state``: held, confirmed, released, expired. ``expires_at`` in ms of Redis time, 0: until closed. ``pinned``: it ends
-    when its decider speaks."""
+    when its decider speaks. ``foreign``: its lines in other partitions, flat in sixes: field, partition, then as in ``lines``."""
 
     key: str
     state: str
@@ -166,6 +168,7 @@ class ReservationRow:
     expires_at: int
     pinned: bool
     lines: tuple[Any, ...]
+    foreign: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +369,13 @@ class Ledger(Protocol):
         """SQL-first operations with their pending credits, all or none; ``writes`` get what moved, opening balances excepted
         (they come from the service's own tables). ``EpochClosed`` unless ``epoch`` is the open one; a known id with
         another fingerprint is ``OperationConflict``; returning more than was sold is ``InvalidOperation``."""
+        ...
+
+    async def enter_parts(
+        self, parts: Sequence[tuple[int, int, Sequence[Entering]]], writes: Sequence[WritesStock] = ()
+    ) -> list[list[Entered]]:
+        """``enter`` for several partitions, (partition, epoch, operations) each, in one transaction: all or none. Partitions are
+        locked in ascending order, whatever order they come in."""
         ...
 
     def balances(self, partition: int, epoch: int, fields: Sequence[str]) -> AbstractAsyncContextManager[Mapping[str, Balance]]:

@@ -23,7 +23,7 @@ OPERATION_COLUMNS: Final = (
     "partition", "epoch", "seq", "index", "merchant", "operation_id", "kind", "fingerprint", "order_id", "reference",
     "receipt", "status", "kept", "at_ms",
 )  # fmt: skip
-_HEADER: Final = ("key", "partition", "epoch", "seq", "state", "fingerprint", "order_id", "expires_at", "pinned")
+_HEADER: Final = ("key", "partition", "epoch", "seq", "state", "fingerprint", "order_id", "expires_at", "pinned", "elsewhere")
 _LINE: Final = ("key", "merchant", "sku", "original", "open", "confirmed", "released")
 
 
@@ -63,8 +63,21 @@ async def holds(connection: AsyncConnection, store: Store, keys: Iterable[str]) 
     if not headers:
         return {}
     found = {
-        key: Hold(key, state, mark, partition, epoch, seq, order or "", expires_at, bool(pinned), {}, stored=True)
-        for key, partition, epoch, seq, state, mark, order, expires_at, pinned in headers
+        key: Hold(
+            key,
+            state,
+            mark,
+            partition,
+            epoch,
+            seq,
+            order or "",
+            expires_at,
+            bool(pinned),
+            {},
+            stored=True,
+            foreign=json.loads(elsewhere) if elsewhere else {},
+        )
+        for key, partition, epoch, seq, state, mark, order, expires_at, pinned, elsewhere in headers
     }
     lines = await store.bulk.select(connection, store.tables.reservation_line, _LINE, ("key",), [(key,) for key in found])
     for key, merchant, sku, *counts in lines:
@@ -77,6 +90,9 @@ def reservation_row(hold: Hold) -> ReservationRow:
     lines: list[Any] = []
     for field in sorted(hold.lines):
         lines += [field, *hold.lines[field]]
+    foreign: list[Any] = []
+    for field in sorted(hold.foreign):
+        foreign += [field, *hold.foreign[field]]
     return ReservationRow(
         key=hold.key,
         state=hold.state,
@@ -86,6 +102,7 @@ def reservation_row(hold: Hold) -> ReservationRow:
         expires_at=hold.expires_at,
         pinned=hold.pinned,
         lines=tuple(lines),
+        foreign=tuple(foreign),
     )
 
 
@@ -97,7 +114,7 @@ def operation_columns(store: Store) -> list[Any]:
 def operation_row(row: Sequence[Any]) -> OperationRow:
     """A row of ``operation_columns`` as data."""
     partition, epoch, seq, index, merchant, operation_id, kind, mark, order, reference, receipt, status, kept, at_ms = row[:14]
-    lines, remaining = json.loads(receipt)
+    lines, remaining, *parts = json.loads(receipt)
     return OperationRow(
         position=Position(partition, epoch, seq),
         index=index,
@@ -111,6 +128,7 @@ def operation_row(row: Sequence[Any]) -> OperationRow:
         status=status,
         kept=bool(kept),
         at_ms=at_ms,
+        parts=tuple(tuple(part) for part in parts[0]) if parts else (),
     )
 
 

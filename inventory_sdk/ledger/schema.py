@@ -229,6 +229,8 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         number("opened_ms"),
         # Reported as stale: held for longer than anyone should.
         flag("reported"),
+        # Home of a call over several partitions: its lines there, {field: [partition, original, open, confirmed, released]}.
+        Column("elsewhere", _long(), nullable=True),
     )
     Index(f"{prefix}reservation_held", reservation.c.partition, reservation.c.state, reservation.c.key, **where("state = 'held'"))
 

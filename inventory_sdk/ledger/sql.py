@@ -157,6 +157,16 @@ class SqlLedger:
         async with self._engines.write() as connection:
             return await enter(connection, self._store, partition, epoch, operations, writes)
 
+    async def enter_parts(
+        self, parts: Sequence[tuple[int, int, Sequence[Entering]]], writes: Sequence[WritesStock] = ()
+    ) -> list[list[Entered]]:
+        """SQL-first operations of several partitions, all or none; locked in ascending order. Raises as ``enter`` does."""
+        done: dict[int, list[Entered]] = {}
+        async with self._engines.write() as connection:
+            for partition, epoch, operations in sorted(parts, key=lambda part: part[0]):
+                done[partition] = await enter(connection, self._store, partition, epoch, operations, writes)
+        return [done[part[0]] for part in parts]
+
     @asynccontextmanager
     async def balances(self, partition: int, epoch: int, fields: Sequence[str]) -> AsyncIterator[Mapping[str, Balance]]:
         """The rows that exist, held until the block ends; ``EpochClosed`` unless the epoch is open."""

@@ -27,11 +27,12 @@ from inventory_sdk.model import (
     split_key,
     summed,
 )
-from inventory_sdk.stock import entering, reading
+from inventory_sdk.stock import entering, entering_parts, reading, spanning
 from inventory_sdk.stock.answers import closed, error, receipt, refused
 from inventory_sdk.stock.batch import ASK_LEDGER, AWAY, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, REPLAY, TOO_LATE, Answer, Answered
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.parts import Spread, merged, spans, spread
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, read_result
 from inventory_sdk.stock.waits import FLAGS
 
@@ -109,6 +110,10 @@ class Acts:
         """Give back a take that is still fully held and not kept, and free its id; False if it was no longer so.
 
         ``decider``: spoken by whoever pinned the hold."""
+        if receipt.positions[1:]:
+            apart = self._spread(receipt.merchant, [x for each in receipt.lines for x in (key_of(each[0], each[1]), abs(each[2]))])
+            assert apart is not None
+            return await spanning.undo(self._engine(), receipt, apart.lines, decider=decider)
         key = key_of(receipt.merchant, receipt.operation_id)
         flat = [value for line in receipt.lines for value in (key_of(line.merchant, line.sku), abs(line.quantity))]
         position = receipt.positions[0]
@@ -124,6 +129,9 @@ class Acts:
         answer, _ = await self._engine().send(self._home(receipt.merchant), operation)
         if answer[0] not in (DONE, DONE_LINES, REPLAY, TOO_LATE):
             raise refused(answer)
+        if receipt.positions[1:] and answer[0] != TOO_LATE:
+            engine = self._engine()
+            engine.in_background(spanning.follow(engine, key), f"following of {receipt.operation_id}")
         return bool(answer[0] != TOO_LATE)
 
     async def pin(self, receipt: Receipt, *, resume: float | None = None, confirm: bool = False) -> bool:
@@ -186,18 +194,17 @@ class Acts:
         flat = summed(lines, merchant)
         if not bulk and len(flat) > self._max_lines * 2:
             raise InvalidOperation("lines", len(flat) // 2, f"at most {self._max_lines} lines in one operation")
-        partitions = self._engine().settings.partitions
-        if partitions > 1:
-            home = partition_of(merchant, partitions)
-            for field in flat[::2]:
-                if partition_of(split_key(field)[0], partitions) != home:
-                    raise InvalidOperation("lines", split_key(field)[0], f"is in another partition than merchant {merchant!r}")
         if sign < 0:
             flat[1::2] = [-quantity for quantity in flat[1::2]]
         for quantity in flat[1::2]:
             if quantity > MAX_QUANTITY:
                 raise InvalidOperation("quantity", quantity, f"lines of one SKU must not sum to more than {MAX_QUANTITY}")
         return flat
+
+    def _spread(self, merchant: str, flat: list[Any]) -> Spread | None:
+        """The lines by partition, None when all are at the merchant's."""
+        partitions = self._engine().settings.partitions
+        return spread(flat, partition_of(merchant, partitions), partitions)
 
     async def _take(
         self,
@@ -233,6 +240,12 @@ class Acts:
             if ttl is None and made_up:
                 raise InvalidOperation("ttl", None, "a hold without an end needs an operation_id of your own")
         key = f"{merchant}\x1f{name}"
+        if engine.settings.partitions > 1 and (len(flat) > 2 or not flat[0].startswith(f"{merchant}\x1f")):
+            apart = self._spread(merchant, flat)
+            if apart is not None:
+                undoable = kind == Kind.ADJUST or (made_up and kind == Kind.DEDUCT)
+                taking = spanning.Taking(kind, key, flat, apart, order or "", hold_ms, extra, level, made_up, undoable)
+                return await spanning.take(engine, self._reach, taking)
         operation = [kind, key, fingerprint(kind, "", flat), flat, order or "", "", hold_ms, extra, "", FLAGS.get(level, "")]
         orphaned = partial(self._give_back, engine, partition, kind, key, flat) if made_up else None
         found = None
@@ -326,6 +339,7 @@ class Acts:
         else:
             name = _named(home) or uuid4().hex
         flat = self._flat(lines, home, +1) if lines is not None else []
+        apart = self._spread(home, flat)
         hold = key_of(home, reservation)
         key = key_of(home, name)
         engine = self._engine()
@@ -337,13 +351,14 @@ class Acts:
 
         def operation(flags: str) -> list[Any]:
             # A batch keeps the list it was given: every try has its own.
-            return [kind.value, key, mark, list(flat), "", hold, 0, _extra(None, task), "", flags]
+            return [kind.value, key, mark, list(apart.lines if apart else flat), "", hold, 0, _extra(None, task), "", flags]
 
         answer, batch = await engine.send(partition, operation(flag))
         if answer[0] == NOT_FOUND:
             known = await self._closed_in_ledger(key, mark, hold)
             if known is not None:
-                return receipt(name, kind.value, home, known.order or None, known.lines, known.remaining, known.position, level, True)
+                all_lines, left = merged(known.lines, known.remaining, known.parts) if known.parts else (known.lines, known.remaining)
+                return receipt(name, kind.value, home, known.order or None, all_lines, left, known.position, level, True)
             if kind != Kind.RELEASE or lines is not None:
                 raise ReservationNotFound(reservation, home)
             answer, batch = await engine.send(partition, operation(flag + "t"))
@@ -356,6 +371,10 @@ class Acts:
             if level != "redis":
                 await self._reach(engine, position, level, key, batch)
             _, remaining, moved, order = answer
+            if spans(moved):
+                moved, remaining, there = await spanning.closed_parts(engine, hold, moved, remaining, batch.confirmed)
+                positions = (position, *there)
+                return spanning.receipt_of(name, kind.value, home, order, moved, remaining, positions, level, False)
             return receipt(name, kind.value, home, order or None, moved, remaining, position, level, False)
         if answer[0] == REPLAY:
             record = read_result(answer[1])
@@ -364,7 +383,10 @@ class Acts:
                 level = "database"
             if level != "redis":
                 await self._reach(engine, position, level, key, batch)
-            first = record.lines or flat
+            first = record.lines or (apart.lines if apart else flat)
+            if spans(first):
+                first, remaining, _ = await spanning.closed_parts(engine, hold, first, record.remaining, None)
+                return receipt(name, kind.value, home, record.order or None, first, remaining, position, level, True)
             return receipt(name, kind.value, home, record.order or None, first, record.remaining, position, level, True)
         raise error(answer, name, reservation)
 
@@ -404,6 +426,9 @@ class Acts:
         async def settled(position: Position) -> None:
             await self._reach(engine, position, "settled", "", None)
 
+        apart = self._spread(merchant, flat)
+        if apart is not None:
+            return await entering_parts.enter(engine, kind, key, flat, apart, order, reference, extra, settled)
         done = await entering.enter(engine, partition, kind, key, flat, order, reference, extra, settled)
         name = split_key(key)[1]
         return receipt(name, kind.value, merchant, order or None, flat, done.remaining, done.position, "database", done.replayed)

@@ -17,6 +17,7 @@ from inventory_sdk.errors import (
 )
 from inventory_sdk.model import Kind, Position, Receipt, ReceiptLine, Shortage, new_receipt, split_key
 from inventory_sdk.stock.batch import CLOSED, CONFLICT, FROZEN, JOURNAL_FULL, NOT_OPEN, SHORT
+from inventory_sdk.stock.parts import plain
 
 _STATES: Final = {"h": "held", "p": "held", "c": "confirmed", "r": "released", "x": "expired"}
 
@@ -80,6 +81,6 @@ def error(answer: list[Any], name: str, reservation: str) -> Exception:
         merchant, sku = split_key(answer[1])
         return StockFrozen(f"sku {sku!r} of merchant {merchant!r} is frozen until stock.reopen() has compared it", retry_after=30.0)
     if code == NOT_OPEN:
-        merchant, sku = split_key(answer[1])
+        merchant, sku = split_key(plain(answer[1])[0])
         return InvalidOperation("quantity", int(answer[2]), f"reservation {reservation!r} has {int(answer[3])} of sku {sku!r} open")
     return refused(answer)

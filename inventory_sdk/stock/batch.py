@@ -41,7 +41,23 @@ GIVE_UP: Final = 10.0
 
 DONE_LINES: Final = -1
 """Done, with what the call did not name: [-1, [remaining, …], [field, quantity, …], order]."""
-DONE, REPLAY, CONFLICT, SHORT, NOT_LOADED, FROZEN, CLOSED, NOT_FOUND, JOURNAL_FULL, NOT_OPEN, PIN, TOO_LATE, NOT_DUE, ASK_LEDGER = range(14)
+(
+    DONE,
+    REPLAY,
+    CONFLICT,
+    SHORT,
+    NOT_LOADED,
+    FROZEN,
+    CLOSED,
+    NOT_FOUND,
+    JOURNAL_FULL,
+    NOT_OPEN,
+    PIN,
+    TOO_LATE,
+    NOT_DUE,
+    ASK_LEDGER,
+    GIVEN_UP,
+) = range(15)
 """Codes of the batch script's answers."""
 AWAY: Final = 30
 """The database sells it, or is about to: [30, field, …]."""
@@ -59,6 +75,7 @@ _REASONS: Final = {
     NOT_DUE: "not_due",
     ASK_LEDGER: "forgotten",
     AWAY: "away",
+    GIVEN_UP: "part_given_up",
 }
 
 GIVE: Final = frozenset({"release", "expire", "undo", "void"})

@@ -12,12 +12,13 @@ from typing import Any, Final
 from redis.asyncio import Redis, RedisCluster
 
 from inventory_sdk import context
-from inventory_sdk.errors import Overloaded
+from inventory_sdk.errors import InvalidOperation, Overloaded
 from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics.events import Happened, Metrics
 from inventory_sdk.model import JournalOperation, partition_of, split_key
 from inventory_sdk.stock.admission import Direct, fields_of, leaving
 from inventory_sdk.stock.batch import AWAY, NOT_FOUND, NOT_LOADED, PIN, TOO_LATE, Answer, Batcher, Publish, read_entries
+from inventory_sdk.stock.deciding import resolve
 from inventory_sdk.stock.givers import Givers
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.loading import Loader
@@ -96,6 +97,7 @@ class Engine:
             settings.results_most,
             # Half of the cap: what is applied must never be what fills the journal.
             settings.journal_cap // 2,
+            partial(resolve, self),
         )
 
     def home(self, merchant: str) -> Partition:
@@ -124,6 +126,9 @@ class Engine:
     async def _once(self, partition: Partition, operation: list[Any], orphaned: Callable[[Answer], None] | None) -> Answer:
         """Where it is believed to be sold; the ledger knows when that is wrong, and then it is sold in Redis."""
         if (self.direct.busy or operation[8]) and self.direct.expects(operation):
+            if len(operation) > 10 or "p" in operation[9]:
+                why = "are of several partitions, and the database sells some of them: adopt their merchants, or take them one by one"
+                raise InvalidOperation("lines", [split_key(name)[1] for name in fields_of(operation)], why)
             found = await self.direct.act(partition, operation, orphaned)
             if found is not None:
                 return found

@@ -91,10 +91,15 @@ async def enter(
             engine.direct.note(flat[::2], split_key(key)[0], True)
         return Done(entered.position, entered.remaining, entered.replayed)
     try:
-        answer = await _credited(engine, partition, entered.credit, flat[::2])
+        return await credited(engine, partition, entered, entered.credit, flat[::2])
     except InventoryError as error:  # whatever kept the credit away, the transaction stands
         raise OutcomeUnknown(split_key(key)[1], f"it is in the ledger, its credit is pending: {error}") from error
-    if len(entered.credit.lines) < len(flat) and answer[0] in (DONE, DONE_LINES, REPLAY):
+
+
+async def credited(engine: Engine, partition: Partition, entered: Entered, credit: Credit, fields: Sequence[str]) -> Done:
+    """The credit of what has entered, made once."""
+    answer = await _credited(engine, partition, credit, fields)
+    if len(credit.lines) < 2 * len(fields) and answer[0] in (DONE, DONE_LINES, REPLAY):
         # Some of it is the ledger's to sell: what remains there it says itself.
         return Done(entered.position, entered.remaining, entered.replayed)
     if answer[0] == REPLAY:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from inventory_sdk.errors import DurabilityNotReached, InvalidOperation, InventoryError, StockFrozen
 from inventory_sdk.ledger.protocol import AdmissionRow, Arrivals, EpochClosed, ReservationRow
 from inventory_sdk.model import Position
-from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_reservation, write_result
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
+
+if TYPE_CHECKING:
+    from inventory_sdk.stock.engine import Engine
 
 CHUNK: Final = 500
 ROUNDS: Final = 100

@@ -6,15 +6,17 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inventory_sdk.errors import InvalidOperation, InventoryError, QuantityMismatch, StockFrozen, UnknownStock
 from inventory_sdk.model import Kind, Position, Reservation, StockLevel, fingerprint, key_of, split_key
 from inventory_sdk.stock import handover
-from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_reservation, read_result, write_reservation
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
+
+if TYPE_CHECKING:
+    from inventory_sdk.stock.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +122,11 @@ async def reservation(engine: Engine, partition: Partition, key: str) -> Reserva
     return read_reservation(key, write_reservation(row)) if row is not None else None
 
 
-async def status(engine: Engine, partition: Partition, key: str) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int]] | None:
-    """(kind, position, order, flat lines, remaining) of an operation, wherever it is still known; a write-off's quantities are
-    negative."""
+async def status(
+    engine: Engine, partition: Partition, key: str
+) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int], Sequence[Any]] | None:
+    """(kind, position, order, flat lines, remaining, parts in other partitions) of an operation, wherever it is still known; a
+    write-off's quantities are negative."""
     direct = engine.direct.busy and engine.direct.expects_any((), split_key(key)[0])
     record = None if direct else (await read(engine, partition, operations=[key])).results[0]
     if record is not None:
@@ -130,11 +134,14 @@ async def status(engine: Engine, partition: Partition, key: str) -> tuple[str, P
         found = await engine.journaled(partition, key, result.epoch, result.sequence)
         if found is not None and found.kind != "credit":
             position = Position(partition.number, result.epoch, result.sequence)
-            return found.kind, position, found.order or None, _signed(found.kind, found.fingerprint, found.lines), found.remaining
+            parts = json.loads(found.extra).get("parts", ()) if '"parts":' in found.extra else ()
+            flat = found.lines if parts else _signed(found.kind, found.fingerprint, found.lines)
+            return found.kind, position, found.order or None, flat, found.remaining, parts
     row = await engine.ledger.operation(key)
     if row is None:
         return None
-    return row.kind, row.position, row.order or None, _signed(row.kind, row.fingerprint, row.lines), row.remaining
+    flat = row.lines if row.parts else _signed(row.kind, row.fingerprint, row.lines)
+    return row.kind, row.position, row.order or None, flat, row.remaining, row.parts
 
 
 def _signed(kind: str, mark: str, flat: Sequence[Any]) -> Sequence[Any]:

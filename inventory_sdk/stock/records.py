@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from inventory_sdk.ledger.protocol import OperationRow, ReservationRow
 from inventory_sdk.model import Kind, Line, Reservation, fingerprint, split_key
+from inventory_sdk.stock.parts import Instance, marked, plain, read_instances
 
 RS: Final = "\x1e"
 PIN_OVERDUE_MS: Final = 60_000
@@ -17,7 +18,8 @@ _LETTERS: Final = {"held": "h", "confirmed": "c", "released": "r", "expired": "x
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What is remembered of an accepted operation. ``lines`` only where the call gave none (full confirms and releases)."""
+    """What is remembered of an accepted operation. ``lines`` only where the call gave none (full confirms and releases).
+    ``parts``: what it decided on in other partitions."""
 
     fingerprint: str
     epoch: int
@@ -26,16 +28,19 @@ class Result:
     remaining: tuple[int, ...]
     order: str
     lines: tuple[Any, ...]
+    parts: tuple[Instance, ...] = ()
 
 
 def read_result(text: str) -> Result:
     """A result record."""
     parts = text.split(RS)
     epoch, _, sequence = parts[1].partition("-")
-    remaining = tuple(int(number) for number in parts[3].split(",")) if parts[3] else ()
+    numbers, _, marks = parts[3].partition("|")
+    remaining = tuple(int(number) for number in numbers.split(",")) if numbers else ()
     flat: list[Any] = list(parts[5:])
     flat[1::2] = [int(float(quantity)) for quantity in flat[1::2]]
-    return Result(parts[0], int(epoch), int(sequence), parts[2] == "k", remaining, parts[4] if len(parts) > 4 else "", tuple(flat))
+    order = parts[4] if len(parts) > 4 else ""
+    return Result(parts[0], int(epoch), int(sequence), parts[2] == "k", remaining, order, tuple(flat), read_instances(marks))
 
 
 def write_result(row: OperationRow) -> str:
@@ -43,18 +48,32 @@ def write_result(row: OperationRow) -> str:
     entered = not row.position.epoch and (
         row.kind in (Kind.RESTOCK, Kind.TAKE_BACK) or (row.kind == Kind.ADJUST and row.fingerprint != fingerprint(row.kind, "", row.lines))
     )
+    lines, remaining, marks = row.lines, row.remaining, ""
+    if row.parts:
+        lines, remaining = _all_lines(row)
+        marks = "|" + " ".join(f"{part[0]}:{part[1]}" for part in row.parts if part[1])
     text = RS.join(
         (
             "entered" if entered else row.fingerprint,
             f"{row.position.epoch}-{row.position.sequence}",
             "k" if row.kept else "",
-            ",".join(map(str, row.remaining)),
+            ",".join(map(str, remaining)) + marks,
         )
     )
-    lines = row.lines if row.kind in ("confirm", "release", "reacquire") else ()
+    lines = lines if row.kind in ("confirm", "release", "reacquire") else ()
     if lines:
         return text + RS + row.order + RS + RS.join(map(str, lines))
     return text + RS + row.order if row.order else text
+
+
+def _all_lines(row: OperationRow) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Lines at home and elsewhere, marked, and what remained of them, sorted by field as the call had them."""
+    rows = [(field, field, *rest) for field, *rest in zip(row.lines[::2], row.lines[1::2], row.remaining, strict=True)]
+    for partition, _, flat, left in row.parts:
+        fields = [marked(field, partition) for field in flat[::2]]
+        rows += zip(flat[::2], fields, flat[1::2], left or [0] * len(fields), strict=True)
+    rows.sort()
+    return tuple([x for _, field, quantity, _ in rows for x in (field, quantity)]), tuple([each[3] for each in rows])
 
 
 def read_reservation(key: str, text: str) -> Reservation:
@@ -66,7 +85,7 @@ def read_reservation(key: str, text: str) -> Reservation:
     released: list[Line] = []
     for field, numbers in zip(parts[5::2], parts[6::2], strict=True):
         original, done, back, expired = ([int(n) for n in numbers.split("/")] + [0, 0, 0])[:4]
-        line_merchant, sku = split_key(field)
+        line_merchant, sku = split_key(plain(field)[0])
         for into, quantity in (
             (held, original - done - back - expired),
             (confirmed, done),
@@ -91,8 +110,12 @@ def write_reservation(row: ReservationRow) -> str:
     """The record of a reservation that the ledger has, for a rebuild."""
     state = "p" if row.pinned and row.state == "held" else _LETTERS[row.state]
     parts = [state, f"{row.position.epoch}-{row.position.sequence}", row.fingerprint, str(row.expires_at), row.order]
-    for i in range(0, len(row.lines), 5):
-        field, original, open_, confirmed, _ = row.lines[i : i + 5]
+    lines = [tuple(row.lines[i : i + 5]) for i in range(0, len(row.lines), 5)]
+    for i in range(0, len(row.foreign), 6):
+        field, partition, *amounts = row.foreign[i : i + 6]
+        lines.append((marked(field, partition), *amounts))
+    lines.sort(key=lambda line: plain(line[0])[0])
+    for field, original, open_, confirmed, _ in lines:
         parts.append(field)
         gone = original - open_ - confirmed
         expired = gone if row.state == "expired" else 0

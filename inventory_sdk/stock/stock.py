@@ -11,6 +11,8 @@ from inventory_sdk.stock import handover, reading
 from inventory_sdk.stock.acts import Acts, ttl_ms
 from inventory_sdk.stock.answers import public_kind, receipt
 from inventory_sdk.stock.engine import Engine
+from inventory_sdk.stock.parts import Instance, merged
+from inventory_sdk.stock.spanning import receipt_of
 
 Durability = Literal["redis", "replica", "aof", "queue", "database"]
 DEFAULT_TTL: Final = 900.0
@@ -65,7 +67,7 @@ class Stock(Acts):
 
         All quantities of one call have the same sign.
         """
-        return await self.submit(
+        receipt = await self.submit(
             Kind.ADJUST,
             merchant=merchant,
             operation_id=operation_id,
@@ -74,6 +76,10 @@ class Stock(Acts):
             reason=reason,
             durability=durability,
         )
+        if len(receipt.positions) > 1 and receipt.positions[0].epoch:
+            # No function runs with it in hand: nothing will undo it.
+            self._engine().in_background(self.keep(receipt), f"keeping of {receipt.operation_id}")
+        return receipt
 
     # What ends or changes a hold -------------------------------------------------------------------------------------------
 
@@ -189,8 +195,13 @@ class Stock(Acts):
         found = await reading.status(engine, engine.home(home), key_of(home, operation_id))
         if found is None:
             return None
-        kind, position, order, flat, remaining = found
+        kind, position, order, flat, remaining, parts = found
         level = "redis" if position.epoch else "database"
+        if parts:
+            signed = -1 if kind == Kind.ADJUST and position.epoch else 1
+            all_lines, left = merged(flat, remaining, parts)
+            positions = (position, *(Instance(part[0], part[1]).position for part in parts if part[1]))
+            return receipt_of(operation_id, kind, home, order, all_lines, left, positions, level, True, signed)
         return receipt(operation_id, public_kind(kind), home, order, flat, remaining, position, level, True)
 
     # Who sells it -----------------------------------------------------------------------------------------------------------

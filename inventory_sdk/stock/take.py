@@ -169,6 +169,9 @@ class Take:
         """The function has returned."""
         await self.secure()
         if self.kind is not Kind.RESERVE:
+            if len(self.receipt.positions) > 1:
+                # Its parts wait for this: from now on it can't be undone.
+                await self.room._stock_acts().keep(self.receipt)
             return
         acts = self.room._stock_acts()
         name, merchant = self.receipt.operation_id, self.receipt.merchant

@@ -64,6 +64,10 @@ class Submits(Protocol):
     async def __call__(self, partition: Partition, operation: list[Any]) -> Answer: ...
 
 
+Resolve = Callable[[Partition, str, str | None], Awaitable[bool]]
+"""See ``deciding.resolve``."""
+
+
 class Upkeep:
     """The worker's side of stock, in one event loop."""
 
@@ -75,7 +79,9 @@ class Upkeep:
         results_window: float,
         results_most: int,
         journal_most: int,
+        resolve: Resolve | None = None,
     ) -> None:
+        self._resolve = resolve
         self._partition = partition
         self._submit = submit
         self._load = load
@@ -185,6 +191,11 @@ class Upkeep:
             return  # the ledger runs it now, or will in a moment
         if answer[0] not in (DONE, DONE_LINES, REPLAY, CLOSED, NOT_FOUND):
             raise InventoryError(f"pinned hold {name!r} of {merchant!r} could not be settled as {verdict}: {answer}")
+
+    async def resolve_part(self, partition: int, key: str, journaled: str | None = None) -> bool:
+        """Bring a part of a call over several partitions in line with its call; False: not now. See ``deciding.resolve``."""
+        assert self._resolve is not None, "the engine gives it"
+        return await self._resolve(self._partition(partition), key, journaled)
 
     async def _settle(self, view: Partition, operation: list[Any]) -> Answer:
         answer = await self._submit(view, operation)

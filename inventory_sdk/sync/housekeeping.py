@@ -7,6 +7,7 @@ from typing import Final
 
 from inventory_sdk.ledger.protocol import DirectAct, ReservationRow
 from inventory_sdk.model import Kind, fingerprint, key_of, split_key
+from inventory_sdk.stock.parts import call_of
 from inventory_sdk.stock.records import PIN_OVERDUE_MS
 from inventory_sdk.sync.backoff import waited
 from inventory_sdk.sync.parts import Parts, log
@@ -99,6 +100,10 @@ class Housekeeping:
                 merchant, reservation = split_key(key)
                 parts.tell("expired", {"merchant": merchant, "reservation": reservation})
             for key in result.pinned:
+                if call_of(key) is not None:
+                    if not await parts.stock_side.resolve_part(self._partition, key):
+                        parts.happened("part_waits", partition=self._partition)
+                    continue
                 verdict = await parts.ledger.decide(key, "aborted")
                 await parts.stock_side.settle_pin(self._partition, key, verdict)
             ended += len(result.keys) + len(result.pinned)
@@ -109,6 +114,8 @@ class Housekeeping:
         before = now_ms - int(self._stale_age * 1000)
         while rows := await parts.ledger.take_stale(self._partition, before, STALE_LIMIT):
             for row in rows:
+                if call_of(row.key) is not None:
+                    continue  # its call is reported at home
                 merchant, reservation = split_key(row.key)
                 log.warning("reservation %r of merchant %r is held for more than %.0f s", reservation, merchant, self._stale_age)
                 parts.happened("stale", partition=self._partition)

@@ -52,6 +52,11 @@ class StockSide(Protocol):
         """End an overdue pinned hold as its decider says: ``committed`` or ``aborted``."""
         ...
 
+    async def resolve_part(self, partition: int, key: str, journaled: str | None = None) -> bool:
+        """Bring the part ``key`` of a call over several partitions in line with what its home has decided; False: it can't be told
+        now. ``journaled``: its position in home's entry ("" if that has none); None: it is overdue, and given up if undecided."""
+        ...
+
     async def rotate(self, partition: int) -> None:
         """Start a new results window where the current one is full or old."""
         ...

@@ -18,6 +18,7 @@ from inventory_sdk.sync.announcing import Announcer
 from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
 from inventory_sdk.sync.corrections import CREDIT_GRACE, Corrections
 from inventory_sdk.sync.follower import IDLE, REBIND, TAKE_OVER, Follower
+from inventory_sdk.sync.following import Following
 from inventory_sdk.sync.housekeeping import PERIOD, STALE_AGE, Housekeeping
 from inventory_sdk.sync.notices import Notices, OnEvent, no_handler
 from inventory_sdk.sync.parts import Parts, log
@@ -114,13 +115,15 @@ class Worker:
             if tasks is not None
             else None
         )
+        self._following = Following(parts)
+        self._wakes.append(self._following.due)
         self._rooms: list[tuple[int, Follower, Corrections, Housekeeping, asyncio.Event]] = []
         self._announcers: list[Announcer] = []
         for partition in partitions:
             signed, corrections_due = asyncio.Event(), asyncio.Event()
             announcer = Announcer(parts, partition)
             self._announcers.append(announcer)
-            applier = Applier(parts, partition, on_applied, tasks_due, corrections_due, announcer, max_operations)
+            applier = Applier(parts, partition, on_applied, tasks_due, corrections_due, announcer, max_operations, self._following.applied)
             follower = Follower(parts, partition, applier, signed, idle=idle, take_over=take_over, rebind=rebind)
             corrections = Corrections(parts, partition, corrections_due, grace=credit_grace)
             keeper = Housekeeping(parts, partition, period=housekeeping, stale_age=stale_age)
@@ -146,6 +149,7 @@ class Worker:
             self._spawn(f"corrections-{partition}", corrections.run())
             self._spawn(f"housekeeping-{partition}", keeper.run())
             self._signs.append(self._spawn(f"heartbeat-{partition}", self._give_signs(partition, follower, signed)))
+        self._spawn("following", self._following.run())
         if self._runner is not None:
             self._spawn("tasks", self._runner.run())
 

@@ -11,7 +11,7 @@ import pytest
 
 from inventory_sdk import errors
 from inventory_sdk.model import Line
-from tests.stock_kit import MERCHANT, SERVERS, Shop, lines, on_client, shop_on
+from tests.stock_kit import SERVERS, Shop, lines, on_client, shop_on
 
 Act = Callable[[Shop], Awaitable[Any]]
 BAD_NAMES = [
@@ -177,14 +177,6 @@ async def test_lines_of_one_sku_that_sum_to_too_much_are_refused(silent: Shop) -
 @pytest.mark.parametrize("order", [name for name in BAD_NAMES if name is not None], ids=shown)
 async def test_a_bulk_restock_checks_its_order(silent: Shop, order: Any) -> None:
     await refused(silent.stock.restock_many(lines(a=1), operation_id="p", order=order), "order")
-
-
-async def test_a_bulk_restock_refuses_lines_of_another_partition(namespace: str) -> None:
-    async with shop_on("fakeredis", namespace, partitions=4) as shop:
-        for other in ("m2", "m3", "m4", "m5"):
-            if shop.engine.home(other) is not shop.engine.home(MERCHANT):
-                await refused(shop.stock.restock_many([Line("a", 1), Line("a", 1, other)], operation_id="po"), "lines")
-        assert shop.ledger.entries == 0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,15 @@
 --         void: lines in threes: field, available delta, reserved delta; flag "f" freezes the SKUs, reference = reservation to close
 --         credit: reference = key of the operation that entered through the ledger
 --         keep: flag = a field of the take
+--         Calls over several partitions (docs/explanation/spanning.md). A line of another partition is \29 partition \29 field: it is
+--         kept in records and answered, and moves nothing here.
+--         reserve with flag "p": a part, born pinned; ttl ms = what a commit does (0 hold on, 1 sell, 2 write off), mark = ms until overdue
+--         reserve, deduct, adjust with 11 and 12: the decision of a call; 11 = its parts [[partition, position], ...], 12 = per line
+--         what remained there (of those elsewhere); flag "k": can't be undone
+--         undo of such a call: 11 = [] says that there are lines of other partitions; extra names them
+--         abort: reference = key of the call, 11 = parts that a decision must not name any more
+--         follow: reference = key of the part, mark = its position, 11 = [field, confirmed, released, expired, ...] to come up to;
+--         flag "a": what is confirmed is written off
 --         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider,
 --         "s" stand in for a reserve that was lost: take the lines that the call names
 --         what sells: flag may hold "Q": at durability queue, so it rests on what gave its stock back; "W" and "A" are the client's
@@ -24,9 +33,10 @@
 --     [7]  no such reservation    [8]  journal full    [9, field, asked, open, ...]  more than is open    [10]  pinned
 --     [11]  can't be undone or kept any more    [12, expires_at]  not due
 --     [30, field, ...]  the database sells it, or is about to (marked in frozen by admit.lua)
+--     [14]  a part of it was aborted
 --     [13, record]  seen before, and how its reservation ended is not known here (after a rebuild): ask the ledger
 --
--- A result record is: fingerprint RS position RS flags RS remaining,... RS order RS lines (field RS quantity ...; only where the call gave none)
+-- A result record is: fingerprint RS position RS flags RS remaining,...[|partition:position ...] RS order RS lines (field RS quantity ...; only where the call gave none)
 -- A reservation record (fingerprint "": that of its only line) is: state RS position RS fingerprint RS expires_at (pinned: the pin's ttl ms) RS order {RS field RS original[/confirmed/released/expired]}
 -- givers: field -> sequences of this epoch that gave back stock and are not confirmed, with commas; more than 256: "*" and the last one.
 -- RS is \30. Closed reservations live in the results windows under key .. "\31". States: h held, p pinned, c confirmed, r released, x expired.
@@ -34,7 +44,7 @@
 -- Phases: bulk reads, decisions in plain Lua, bulk writes. XADD is the first write: if it fails, nothing has moved.
 
 local RS, SLICE, MOST_GIVERS = '\30', 4000, 256
-local call, find, sub, fmt = redis.call, string.find, string.sub, string.format
+local call, find, sub, fmt, byte = redis.call, string.find, string.sub, string.format, string.byte
 local concat = table.concat
 local HELD, PINNED, CONFIRMED, RELEASED, EXPIRED = 'h', 'p', 'c', 'r', 'x'
 
@@ -70,7 +80,7 @@ end
 
 -- A sale of one line that is alone in its batch, new and covered: the same as below without its tables. All else goes through the phases.
 local lone = #ops == 1 and not any_frozen and not any_givers and not full and ops[1]
-if lone and lone[1] == 'deduct' and #lone[4] == 2 then
+if lone and lone[1] == 'deduct' and #lone[4] == 2 and not lone[11] then
   local key, line = lone[2], lone[4]
   local there = call('HGET', KEYS[2], line[1])
   local left = there and tonumber(there) - line[2]
@@ -91,7 +101,7 @@ end
 local IS_TAKE = {reserve = true, deduct = true, adjust = true}
 local REMEMBERED = {reserve = true, deduct = true, adjust = true, confirm = true, release = true, credit = true, void = true, correct = true}
 local CLOSES = {confirm = true, release = true}
-local HOLDS = {confirm = true, release = true, extend = true, expire = true, pin = true, resume = true, void = true, undo = true, keep = true, credit = true}
+local HOLDS = {confirm = true, release = true, extend = true, expire = true, pin = true, resume = true, void = true, undo = true, keep = true, credit = true, follow = true}
 
 -- Bulk reads ------------------------------------------------------------------------------------------------------------
 local function hmget(key, names, into)
@@ -115,9 +125,11 @@ local function split(text)
   end
 end
 
+local function abort_name(key, part) return key .. '\31abort\31' .. part[1] .. '\31' .. part[2] end
+
 local function one_line_mark(field, quantity) return 'r' .. quantity .. ' ' .. field end
 
-local result_names, hold_names, fields, both, only_takes = {}, {}, {}, {}, true
+local result_names, hold_names, fields, both, only_takes, spanning = {}, {}, {}, {}, true, false
 for i = 1, #ops do
   local op = ops[i]
   local kind, key, lines, reference = op[1], op[2], op[4], op[6]
@@ -131,6 +143,14 @@ for i = 1, #ops do
   end
   if kind == 'keep' and op[10] ~= '' then fields[#fields + 1] = op[10] end
   if not IS_TAKE[kind] then only_takes = false end
+  if op[11] then
+    spanning = true
+    if kind == 'abort' then result_names[#result_names + 1] = reference end
+    if kind ~= 'follow' then
+      local of = kind == 'abort' and reference or key
+      for j = 1, #op[11] do result_names[#result_names + 1] = abort_name(of, op[11][j]) .. '\31' end
+    end
+  end
   if kind == 'deduct' or kind == 'adjust' then
     for j = 1, #lines, 2 do fields[#fields + 1] = lines[j] end
   else
@@ -151,6 +171,7 @@ if #hold_names > 0 then
 end
 for key, text in pairs(holds) do
   local record = split(text)
+  if find(text, '\29', 1, true) then spanning = true end
   if record[3] == '' and record[7] then record[3] = one_line_mark(record[6], string.match(record[7], '^%d+')) end
   holds[key] = record
   for j = 6, #record, 2 do both[#both + 1] = record[j] end
@@ -186,6 +207,7 @@ local function closed_record(key)
 end
 
 local function move(field, da, dr)
+  if spanning and byte(field, 1) == 29 then return end
   if da ~= 0 then
     available[field] = available[field] + da
     new_available[field] = available[field]
@@ -260,8 +282,12 @@ local function close_hold(key, record, state)
   new_results[key .. '\31'] = text
 end
 
+local apart, aborted, decided  -- made below, for calls over several partitions only
+
 local function journaled(i, op, lines, remaining, expires_at, kind)
-  journal[#journal + 1] = {kind or op[1], op[2], op[3], lines, remaining, op[5], op[6], expires_at, op[8]}
+  local own, left, extra = lines, remaining, op[8]
+  if spanning then own, left, extra = apart(lines, remaining, extra) end
+  journal[#journal + 1] = {kind or op[1], op[2], op[3], own, left, op[5], op[6], expires_at, extra}
   if lines == op[4] and not CLOSES[op[1]] then
     answers[i] = #remaining > 0 and '[0,' .. concat(remaining, ',') .. ']' or '[0]'
   else
@@ -298,8 +324,10 @@ local function uncovered(lines)
     local field, asked = lines[j], lines[j + 1]
     local there = available[field]
     if there == nil then
-      unknown = unknown or {4}
-      unknown[#unknown + 1] = field
+      if byte(field, 1) ~= 29 then
+        unknown = unknown or {4}
+        unknown[#unknown + 1] = field
+      end
     elseif any_frozen and frozen[field] then
       blocked = blocked or {5}
       blocked[#blocked + 1] = field
@@ -313,12 +341,12 @@ local function uncovered(lines)
   return unknown or blocked or short
 end
 
-local function take(lines, held)
+local function take(lines, held, there)
   local remaining = {}
   for j = 1, #lines, 2 do
     local field, asked = lines[j], lines[j + 1]
     move(field, -asked, held and asked or 0)
-    remaining[#remaining + 1] = available[field]
+    remaining[#remaining + 1] = available[field] or there[(j + 1) / 2]
   end
   return remaining
 end
@@ -327,6 +355,55 @@ end
 local function rest(op, lines)
   if not find(op[10], 'Q', 1, true) then return end
   for j = 1, #lines, 2 do rests[lines[j]] = true end
+end
+
+if spanning then
+
+-- Lines here, what remained of them, and `extra` with the lines of other partitions: [[partition, "", [field, quantity, ...], []], ...]
+function apart(lines, remaining, extra)
+  local own, left, parts, at = {}, {}, {}, {}
+  for j = 1, #lines, 2 do
+    if byte(lines[j], 1) == 29 then
+      local partition, field = string.match(lines[j], '^\29(%d+)\29(.*)$')
+      if not at[partition] then
+        parts[#parts + 1] = {tonumber(partition), '', {}, {}}
+        at[partition] = parts[#parts][3]
+      end
+      local there = at[partition]
+      there[#there + 1] = field
+      there[#there + 1] = lines[j + 1]
+    else
+      own[#own + 1] = lines[j]
+      own[#own + 1] = lines[j + 1]
+      left[#left + 1] = remaining[(j + 1) / 2]
+    end
+  end
+  if #parts == 0 then return lines, remaining, extra end
+  if find(extra, '"parts":', 1, true) then return own, left, extra end
+  local text = '"parts":' .. cjson.encode(parts) .. '}'
+  return own, left, extra == '' and '{' .. text or sub(extra, 1, -2) .. ',' .. text
+end
+
+-- The one decision of a call over several partitions. A part that somebody has given up can't be decided on any more.
+function aborted(op)
+  for j = 1, #op[11] do
+    if results[abort_name(op[2], op[11][j]) .. '\31'] then return true end
+  end
+  return false
+end
+
+function decided(i, op, remaining, expires_at)
+  local marks = {}
+  for j = 1, #op[11] do marks[j] = op[11][j][1] .. ':' .. op[11][j][2] end
+  local kept = find(op[10], 'k', 1, true) and 'k' or ''
+  local text = op[3] .. RS .. position .. RS .. kept .. RS .. concat(remaining, ',') .. '|' .. concat(marks, ' ')
+  if op[5] ~= '' then text = text .. RS .. op[5] end
+  results[op[2]], new_results[op[2]] = text, text
+  local own, left = apart(op[4], remaining, '')
+  journal[#journal + 1] = {op[1], op[2], op[3], own, left, op[5], op[6], expires_at, op[8]}
+  answers[i] = '[-1,' .. cjson.encode(remaining) .. ',' .. cjson.encode(op[4]) .. ',' .. cjson.encode(op[5]) .. ']'
+end
+
 end
 
 -- Decisions, one function per kind ------------------------------------------------------------------------------------------
@@ -339,7 +416,7 @@ local function seen(op)
   if IS_TAKE[op[1]] then  -- what is not loaded may be the database's by now, and so is the answer
     local unknown = {4}
     for j = 1, #op[4], 2 do
-      if available[op[4][j]] == nil then unknown[#unknown + 1] = op[4][j] end
+      if available[op[4][j]] == nil and byte(op[4][j], 1) ~= 29 then unknown[#unknown + 1] = op[4][j] end
     end
     if #unknown > 1 then return unknown end
   end
@@ -370,10 +447,12 @@ function decide.deduct(i, op)
       return nil
     end
   end
+  if op[11] and aborted(op) then return {14} end
   answer = uncovered(lines)
   if answer then return answer end
-  local remaining = take(lines, false)
+  local remaining = take(lines, false, op[12])
   if any_givers then rest(op, lines) end
+  if op[11] then return decided(i, op, remaining, 0) end
   remember(op[2], op[3], remaining, op[5])
   journaled(i, op, lines, remaining, 0)
 end
@@ -398,19 +477,22 @@ function decide.reserve(i, op)
   end
   if answer then return {13, answer[2]} end
   if full then return {8} end
+  if op[11] and aborted(op) then return {14} end
   local lines = op[4]
   answer = uncovered(lines)
   if answer then return answer end
-  local expires_at = op[7] > 0 and now + op[7] or 0
-  local remaining = take(lines, true)
+  local pinned = find(op[10], 'p', 1, true)
+  local expires_at = pinned and op[7] or op[7] > 0 and now + op[7] or 0
+  local remaining = take(lines, true, op[12])
   if any_givers then rest(op, lines) end
-  local record = {HELD, position, op[3], int(expires_at), op[5]}
+  local record = {pinned and PINNED or HELD, position, op[3], int(expires_at), op[5]}
   for j = 1, #lines, 2 do
     record[#record + 1] = lines[j]
     record[#record + 1] = int(lines[j + 1])
   end
   keep_hold(key, record)
-  if expires_at > 0 then new_expiry[key] = expires_at end
+  if pinned then new_expiry[key] = now + tonumber(op[9]) elseif expires_at > 0 then new_expiry[key] = expires_at end
+  if op[11] then return decided(i, op, remaining, expires_at) end
   remember(key, op[3], remaining, op[5])
   journaled(i, op, lines, remaining, expires_at)
 end
@@ -463,9 +545,9 @@ local function close_lines(key, hold, lines, state)
   local remaining = {}
   for j = 1, #lines, 2 do
     local field, q = lines[j], lines[j + 1]
-    if state ~= CONFIRMED then gave[field] = true end
+    if state ~= CONFIRMED and byte(field, 1) ~= 29 then gave[field] = true end
     move(field, state == CONFIRMED and 0 or q, -q)
-    remaining[#remaining + 1] = available[field]
+    remaining[#remaining + 1] = available[field] or 0
   end
   if left == 0 then close_hold(key, hold, state) else keep_hold(key, hold) end
   return remaining
@@ -475,7 +557,7 @@ end
 local function not_loaded(lines)
   local unknown
   for j = 1, #lines, 2 do
-    if available[lines[j]] == nil then
+    if available[lines[j]] == nil and byte(lines[j], 1) ~= 29 then
       unknown = unknown or {4}
       unknown[#unknown + 1] = lines[j]
     end
@@ -484,6 +566,9 @@ local function not_loaded(lines)
 end
 
 local function reacquire(i, op, closed)
+  for j = 6, #closed, 2 do
+    if byte(closed[j], 1) == 29 then return {6, EXPIRED} end  -- taking again over several partitions is a call of its own
+  end
   if op[5] == '' then op[5] = closed[5] end
   local lines = {}
   for j = 6, #closed, 2 do
@@ -628,9 +713,9 @@ function decide.undo(i, op)
   local answer = not_loaded(lines)
   if answer then return answer end
   for j = 1, #lines, 2 do
-    gave[lines[j]] = true
+    if byte(lines[j], 1) ~= 29 then gave[lines[j]] = true end
     move(lines[j], lines[j + 1], op[10] == 'reserve' and -lines[j + 1] or 0)
-    remaining[#remaining + 1] = available[lines[j]]
+    remaining[#remaining + 1] = available[lines[j]] or 0
   end
   if hold and op[10] == 'reserve' then drop_hold(key) end
   forget(key)
@@ -649,6 +734,67 @@ function decide.keep(i, op)
   results[key] = text
   new_results[key] = text
   journaled(i, op, op[4], {}, 0)
+end
+
+-- A part comes up to what its call's home has decided: never back, so an old follower does nothing.
+function decide.follow(i, op)
+  local key, target = op[6], op[11]
+  local hold = holds[key]
+  if not hold then
+    local closed = closed_record(key)
+    return closed and {6, closed[1]} or {7}
+  end
+  if hold[1] ~= PINNED or hold[2] ~= op[9] then return {11} end
+  local place, sold, back, gone = {}, {}, {}, {}
+  for j = 6, #hold, 2 do place[hold[j]] = hold[j + 1] end
+  for j = 1, #target, 4 do
+    local field = target[j]
+    local original, confirmed, released, expired = amounts(place[field] or '0')
+    local more = math.max(0, target[j + 1] - confirmed) + math.max(0, target[j + 2] - released) + math.max(0, target[j + 3] - expired)
+    local open = original - confirmed - released - expired
+    if more > open then return {9, field, more, open} end
+    if target[j + 1] > confirmed then sold[#sold + 1], sold[#sold + 2] = field, target[j + 1] - confirmed end
+    if target[j + 2] > released then back[#back + 1], back[#back + 2] = field, target[j + 2] - released end
+    if target[j + 3] > expired then gone[#gone + 1], gone[#gone + 2] = field, target[j + 3] - expired end
+  end
+  if #sold + #back + #gone == 0 then return {1, ''} end
+  local answer = not_loaded(sold) or not_loaded(back) or not_loaded(gone)
+  if answer then return answer end
+  local name, order = '\31' .. position .. '.' .. i, hold[5]
+  local function moved(kind, lines, remaining)
+    journal[#journal + 1] = {kind, key .. '\31' .. kind .. name, 'follow', lines, remaining, order, key, 0, ''}
+  end
+  if #sold > 0 then
+    local remaining = close_lines(key, hold, sold, CONFIRMED)
+    if op[10] == 'a' then  -- in the ledger a write-off takes what is available
+      moved('release', sold, remaining)
+      moved('adjust', sold, remaining)
+    else
+      moved('confirm', sold, remaining)
+    end
+  end
+  if #back > 0 then moved('release', back, close_lines(key, hold, back, RELEASED)) end
+  if #gone > 0 then moved('expire', gone, close_lines(key, hold, gone, EXPIRED)) end
+  answers[i] = '[0]'
+end
+
+function decide.abort(i, op)
+  local record = results[op[6]]
+  local named = record and ' ' .. (string.match(split(record)[4] or '', '|(.*)$') or '') .. ' ' or ''
+  local new = {}
+  for j = 1, #op[11] do
+    local part = op[11][j]
+    if find(named, ' ' .. part[1] .. ':' .. part[2] .. ' ', 1, true) then return {1, record} end
+    local name = abort_name(op[6], part)
+    if not results[name .. '\31'] then new[#new + 1] = name end
+  end
+  if #new == 0 then return {1, ''} end
+  for j = 1, #new do
+    local text = RELEASED .. RS .. position .. RS .. RS .. '0' .. RS
+    results[new[j] .. '\31'], new_results[new[j] .. '\31'] = text, text
+    journal[#journal + 1] = {'tombstone', new[j], '', {}, {}, '', new[j], 0, ''}
+  end
+  answers[i] = '[0]'
 end
 
 function decide.credit(i, op)

@@ -1,0 +1,108 @@
+"""What enters through the ledger over several partitions: one SQL transaction for all, then one credit per partition."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen
+from inventory_sdk.ledger.protocol import Entered, Entering, EpochClosed
+from inventory_sdk.model import Position, Receipt, fingerprint, split_key
+from inventory_sdk.stock import reading
+from inventory_sdk.stock.entering import ENTERED, Done, credited
+from inventory_sdk.stock.parts import Spread, part_key
+from inventory_sdk.stock.records import read_result
+from inventory_sdk.stock.spanning import receipt_of
+
+if TYPE_CHECKING:
+    from inventory_sdk.stock.engine import Engine
+    from inventory_sdk.stock.partition import Partition
+
+
+async def enter(
+    engine: Engine,
+    kind: str,
+    key: str,
+    flat: list[Any],
+    apart: Spread,
+    order: str,
+    reference: str,
+    extra: dict[str, Any],
+    settled: Callable[[Position], Awaitable[None]],
+) -> Receipt:
+    """Restock, return or a positive adjust of several partitions, all lines or none.
+
+    Home has a row under the call's own id even without lines of its own, so that a repeat and ``status()`` find it.
+    ``OutcomeUnknown`` when the commit stands but a credit could not be made now: the worker will.
+    """
+    merchant, name = split_key(key)
+    home = engine.home(merchant)
+    record = (await reading.read(engine, home, operations=[key])).results[0]
+    if record is not None and read_result(record).fingerprint != ENTERED:
+        raise OperationConflict(name)
+    mark = fingerprint(kind, reference, ["+", *flat])
+    listed = [[number, "", lines, []] for number, lines in apart.parts.items()]
+
+    def entering(there: str, of: str, lines: list[Any], more: dict[str, Any]) -> Entering:
+        text = json.dumps(more, separators=(",", ":")) if more else ""
+        return Entering(str(kind), there, mark, tuple(lines), order, of, str(extra.get("reason", "")), text)
+
+    reason = {"reason": extra["reason"]} if "reason" in extra else {}
+    operations = {home.number: entering(key, reference, apart.own, {**extra, "parts": listed})}
+    for number, lines in apart.parts.items():
+        operations[number] = entering(part_key(key, number), part_key(reference, number) if reference else "", lines, reason)
+    for number, operation in operations.items():
+        if operation.lines:
+            await engine.loader.opened(engine.partitions[number], operation.lines[::2])
+    entered = await _commit(engine, operations, settled)
+    done = await asyncio.gather(
+        *[_credit(engine, engine.partitions[number], entered[number], operations[number].lines) for number in operations],
+        return_exceptions=True,
+    )
+    left: dict[str, int] = {}
+    for number, each in zip(operations, done, strict=True):
+        if isinstance(each, Overloaded | OutcomeUnknown):
+            raise OutcomeUnknown(name, f"it is in the ledger, a credit is pending: {each}") from each
+        if isinstance(each, BaseException):
+            raise each
+        left.update(zip(operations[number].lines[::2], each.remaining, strict=True))
+    positions = tuple(entered[number].position for number in operations)
+    remaining = [left[field] for field in flat[::2]]
+    return receipt_of(name, str(kind), merchant, order, flat, remaining, positions, "database", entered[home.number].replayed)
+
+
+async def _commit(engine: Engine, operations: dict[int, Entering], settled: Callable[[Position], Awaitable[None]]) -> dict[int, Entered]:
+    waited = False
+    for _ in range(5):
+        group: list[tuple[int, int, Sequence[Entering]]] = []
+        for number, operation in operations.items():
+            partition = engine.partitions[number]
+            await partition.known()
+            group.append((number, int(partition.epoch), [operation]))
+        try:
+            found = await engine.ledger.enter_parts(group, engine.writes_stock)
+        except EpochClosed:
+            for number in operations:
+                engine.partitions[number].forget()
+            continue
+        except InvalidOperation as error:
+            # The sale that it gives back may be journaled and not applied yet.
+            returns = any(operation.reference for operation in operations.values())
+            if not returns or waited or error.field not in ("of", "lines"):
+                raise
+            waited = True
+            for number in operations:
+                hello = await engine.partitions[number].hello()
+                await settled(Position(number, int(engine.partitions[number].epoch), hello.sequence))
+            continue
+        return {number: each[0] for (number, _, _), each in zip(group, found, strict=True)}
+    raise StockFrozen("a partition of this call is being recovered", retry_after=0.5)
+
+
+async def _credit(engine: Engine, partition: Partition, entered: Entered, lines: Sequence[Any]) -> Done:
+    engine.loader.arrived(lines[::2])
+    if entered.credit is None:
+        return Done(entered.position, entered.remaining, entered.replayed)
+    return await credited(engine, partition, entered, entered.credit, lines[::2])

@@ -1,0 +1,253 @@
+"""Calls over several partitions: all lines or none, one effect per id, one winner between a late decision and whoever gave up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inventory_sdk import Line
+from inventory_sdk.errors import (
+    DurabilityNotReached,
+    InsufficientStock,
+    OperationConflict,
+    Overloaded,
+    ReservationClosed,
+    ReservationExpired,
+)
+from inventory_sdk.model import Position, Shortage, partition_of
+from inventory_sdk.sync.queues.memory import MemoryQueue
+from inventory_sdk.sync.recovery import rebuild
+from tests.spanning_kit import HOME, Process, World, cart, shops, world_of
+
+PARTITIONS = 4
+FIRST, SECOND, THIRD = shops(PARTITIONS)
+ALL = [FIRST, SECOND, THIRD]
+
+
+@pytest.fixture
+async def world(tmp_path: Path, namespace: str) -> AsyncIterator[World]:
+    async with world_of(tmp_path, namespace, partitions=PARTITIONS, stocked=dict.fromkeys(ALL, 5)) as made:
+        yield made
+
+
+async def left(world: World) -> list[int]:
+    """Available per shop, once all is at rest and Redis is what the ledger says."""
+    for process in world.processes:
+        await process.quiet()
+    found = await world.check()
+    return [found[f"{merchant}/a"] for merchant in ALL]
+
+
+def operations(name: str, arguments: Sequence[Any]) -> list[list[Any]]:
+    return json.loads(arguments[6]) if name == "batch" else []
+
+
+class Gate:
+    """Holds the first script call that decides at home."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.reached, self.go = asyncio.Event(), asyncio.Event()
+
+    def __call__(self, name: str, arguments: Sequence[Any]) -> Any:
+        if not self.reached.is_set() and any(op[0] == self.kind and len(op) > 11 for op in operations(name, arguments)):
+            self.reached.set()
+            return self.go.wait()
+        return None
+
+
+async def test_one_call_holds_in_three_shops_and_its_lines_are_closed_where_they_stand(world: World) -> None:
+    stock = world.process().stock
+    held = await stock.reserve(cart(*ALL, quantity=3), operation_id="o1", order="42")
+    assert [(line.merchant, line.quantity, line.remaining) for line in held.lines] == [(merchant, 3, 2) for merchant in sorted(ALL)]
+    assert [position.partition for position in held.positions] == [
+        partition_of(FIRST, PARTITIONS), *sorted(partition_of(merchant, PARTITIONS) for merchant in ALL[1:]),
+    ]  # fmt: skip
+    again = await stock.reserve(cart(*ALL, quantity=3), operation_id="o1", order="42")
+    assert again.replayed
+    assert (again.lines, again.positions) == (held.lines, held.positions)
+    known = await stock.status("o1")
+    assert known is not None
+    assert (known.lines, known.positions) == (held.lines, held.positions)
+    sold = await stock.confirm("o1", lines=[Line("a", 1, SECOND)], operation_id="c1")
+    assert [(line.merchant, line.quantity, line.remaining) for line in sold.lines] == [(SECOND, 1, 2)]
+    await stock.release("o1", lines=[Line("a", 2, THIRD), Line("a", 1)], operation_id="r1")
+    reservation = await stock.reservation("o1")
+    assert reservation is not None
+    assert {line.merchant: line.quantity for line in reservation.held} == {FIRST: 2, SECOND: 2, THIRD: 1}
+    await stock.confirm("o1")
+    with pytest.raises(ReservationClosed):
+        await stock.release("o1")
+    assert await left(world) == [3, 2, 4]
+    assert [(await world.row(merchant)).sold for merchant in ALL] == [2, 3, 1]
+    assert not await world.open_parts()
+
+
+async def test_a_refusal_names_the_shortages_of_all_partitions_and_moves_nothing(world: World) -> None:
+    process = world.process()
+    with pytest.raises(InsufficientStock) as caught:
+        await process.stock.deduct([Line("a", 9), Line("a", 7, SECOND), Line("a", 1, THIRD)], operation_id="o1")
+    assert set(caught.value.shortages) == {Shortage(FIRST, "a", 9, 5), Shortage(SECOND, "a", 7, 5)}
+    with pytest.raises(InsufficientStock):
+        await process.stock.deduct([Line("a", 9), Line("a", 1, SECOND)], operation_id="o1")
+    assert await left(world) == [5, 5, 5]
+    assert not await world.open_parts()
+    assert not (await process.stock.deduct(cart(*ALL), operation_id="o1")).replayed, "a refusal is not remembered"
+
+
+@pytest.mark.parametrize("how", ["reserve", "deduct"])
+async def test_the_same_id_from_two_processes_at_once_has_one_effect_also_on_the_last_units(world: World, how: str) -> None:
+    for number in range(5):
+        takers = [world.process(), world.process()]
+        receipts = await asyncio.gather(*[getattr(each.stock, how)(cart(*ALL), operation_id=f"o{number}") for each in takers])
+        assert sorted(receipt.replayed for receipt in receipts) == [False, True]
+        assert receipts[0].positions == receipts[1].positions
+    assert await left(world) == [0, 0, 0]
+
+
+async def test_an_id_that_was_used_with_other_lines_is_a_conflict_and_nothing_moves(world: World) -> None:
+    stock = world.process().stock
+    await stock.deduct(cart(FIRST, SECOND), operation_id="o1")
+    for other in (cart(FIRST, THIRD), cart(FIRST, SECOND, quantity=2), cart(SECOND), cart(FIRST)):
+        with pytest.raises(OperationConflict):
+            await stock.deduct(other, operation_id="o1")
+    assert await left(world) == [4, 4, 5]
+
+
+@pytest.mark.parametrize("how", ["reserve", "deduct"])
+async def test_a_decision_that_comes_after_its_parts_were_given_up_is_refused_and_made_anew(world: World, how: str) -> None:
+    slow = world.process()
+    gate = Gate(how)
+    slow.on_call = gate
+    task = asyncio.create_task(getattr(slow.stock, how)(cart(*ALL), operation_id="o1"))
+    await gate.reached.wait()
+    await world.resolve()
+    assert not await world.open_parts()
+    gate.go.set()
+    receipt = await task
+    assert not receipt.replayed
+    assert await left(world) == [4, 4, 4]
+    assert len(await world.open_parts()) == (2 if how == "reserve" else 0)
+
+
+async def test_whoever_gives_up_after_the_decision_finds_it_and_leaves_it(world: World) -> None:
+    from inventory_sdk.stock import deciding
+
+    process = world.process()
+    receipt = await process.stock.reserve(cart(FIRST, SECOND), operation_id="o1")
+    ((partition, key),) = await world.open_parts()
+    part = await deciding.look(process.engine, process.engine.partitions[partition], key)
+    assert part is not None
+    assert await deciding.give_up(process.engine, f"{FIRST}\x1fo1", [part]) == [part.instance]
+    await world.resolve()
+    assert await left(world) == [4, 4, 5]
+    assert receipt.positions[1] == part.instance.position
+
+
+async def test_parts_reach_the_level_of_the_call_before_home_decides(world: World) -> None:
+    process = world.process()
+    decided = False
+
+    def watch(name: str, arguments: Sequence[Any]) -> None:
+        nonlocal decided
+        decided = decided or any(op[0] == "deduct" for op in operations(name, arguments))
+
+    process.on_call = watch
+    process.on_reach = lambda partition, level, key: seen.append((partition, decided))
+    seen: list[tuple[int, bool]] = []
+    await process.stock.deduct(cart(*ALL), operation_id="o1", durability="queue")
+    there = sorted(partition_of(merchant, PARTITIONS) for merchant in ALL[1:])
+    assert sorted(seen[:2]) == [(number, False) for number in there]
+    assert seen[2] == (partition_of(FIRST, PARTITIONS), True)
+
+
+async def test_parts_that_do_not_reach_the_level_are_given_back_and_nothing_is_decided(world: World) -> None:
+    process = world.process()
+
+    def lost(partition: int, level: str, key: str) -> None:
+        raise DurabilityNotReached(level, Position(partition, 1, 1), None, None, "the queue is away")
+
+    process.on_reach = lost
+    with pytest.raises(Overloaded):
+        await process.stock.deduct(cart(*ALL), operation_id="o1", durability="queue")
+    assert await left(world) == [5, 5, 5]
+    assert await process.stock.status("o1") is None
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("how", ["reserve", "deduct", "adjust"])
+async def test_a_caller_that_goes_away_at_the_decision_leaves_what_its_id_says(world: World, how: str, own: bool) -> None:
+    process = world.process()
+    gate = Gate(how)
+    process.on_call = gate
+    sign = -1 if how == "adjust" else 1
+    call = getattr(process.stock, how)(cart(*ALL, quantity=sign), operation_id="o1" if own else None)
+    task = asyncio.create_task(call)
+    await gate.reached.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    gate.go.set()
+    await process.quiet()
+    await world.resolve()
+    assert await left(world) == ([4, 4, 4] if own else [5, 5, 5])
+    assert (await process.stock.status("o1") is not None) is own
+
+
+async def test_parts_expire_with_their_home_and_not_before(world: World) -> None:
+    process = world.process()
+    await process.stock.reserve(cart(*ALL), operation_id="o1")
+    await process.quiet()
+    await world.resolve()
+    assert len(await world.open_parts()) == 2, "an overdue part asks home, and home holds"
+    home = process.engine.partitions[partition_of(HOME, PARTITIONS)]
+    client: Any = process.client
+    await client.zadd(home.key("expiry"), {f"{HOME}\x1fo1": 1}, xx=True)
+    assert (await process.engine.upkeep.expire(home.number, [f"{HOME}\x1fo1"])).keys
+    await world.resolve()
+    assert await left(world) == [5, 5, 5]
+    assert not await world.open_parts()
+    with pytest.raises(ReservationExpired):
+        await process.stock.confirm("o1")
+
+
+async def test_what_enters_several_partitions_enters_all_of_them_or_none(world: World) -> None:
+    stock = world.process().stock
+    sale = await stock.deduct(cart(*ALL, quantity=2), operation_id="o1")
+    back = await stock.take_back(cart(FIRST, THIRD), of="o1", operation_id="b1")
+    assert [(line.merchant, line.remaining) for line in back.lines] == [(FIRST, 4), (THIRD, 4)]
+    with pytest.raises(ValueError, match="can still come back"):
+        await stock.take_back([Line("a", 2, SECOND), Line("a", 2, THIRD)], of="o1", operation_id="b2")
+    assert sale.kind == "deduct"
+    assert await left(world) == [4, 3, 4]
+    first = await stock.restock(cart(*ALL, quantity=10), operation_id="r1")
+    again = await stock.restock(cart(*ALL, quantity=10), operation_id="r1")
+    assert (first.replayed, again.replayed, again.positions) == (False, True, first.positions)
+    assert await left(world) == [14, 13, 14]
+
+
+@pytest.mark.parametrize("which", [FIRST, SECOND])
+async def test_a_rebuilt_partition_knows_its_parts_and_its_decisions(world: World, which: str) -> None:
+    process = world.process()
+    held = await process.stock.reserve(cart(*ALL, quantity=2), operation_id="o1")
+    await process.stock.confirm("o1", lines=[Line("a", 1, SECOND)], operation_id="c1")
+    await process.quiet()
+    await world.apply()
+    number = partition_of(which, PARTITIONS)
+    raised = await world.ledger.raise_epoch(number, 1)
+    assert raised is not None
+    await rebuild(process.engine.upkeep, world.ledger, MemoryQueue(), raised)
+    fresh: Process = world.process()
+    await world.resolve()
+    assert len(await world.open_parts()) == 2
+    again = await fresh.stock.reserve(cart(*ALL, quantity=2), operation_id="o1")
+    assert again.replayed
+    assert (again.positions, again.lines) == (held.positions, held.lines)
+    await fresh.stock.release("o1")
+    await world.resolve()
+    assert await left(world) == [5, 4, 5]
+    assert not await world.open_parts()
