@@ -19,7 +19,12 @@ from inventory_sdk.errors import (
     ReservationClosed,
     ReservationExpired,
 )
+from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import Position, Shortage, partition_of
+from inventory_sdk.stock import deciding, spanning
+from inventory_sdk.stock.journal import decode
+from inventory_sdk.sync.following import Following
+from inventory_sdk.sync.parts import Parts
 from inventory_sdk.sync.queues.memory import MemoryQueue
 from inventory_sdk.sync.recovery import rebuild
 from tests.spanning_kit import HOME, Process, World, cart, shops, world_of
@@ -136,8 +141,6 @@ async def test_a_decision_that_comes_after_its_parts_were_given_up_is_refused_an
 
 
 async def test_whoever_gives_up_after_the_decision_finds_it_and_leaves_it(world: World) -> None:
-    from inventory_sdk.stock import deciding
-
     process = world.process()
     receipt = await process.stock.reserve(cart(FIRST, SECOND), operation_id="o1")
     ((partition, key),) = await world.open_parts()
@@ -251,3 +254,52 @@ async def test_a_rebuilt_partition_knows_its_parts_and_its_decisions(world: Worl
     await world.resolve()
     assert await left(world) == [5, 4, 5]
     assert not await world.open_parts()
+
+
+async def test_what_redis_has_forgotten_is_asked_of_the_ledger_only_once_it_has_applied_homes_journal(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deciding, "WATERMARK_WAIT", 0.05)
+    process = world.process()
+    await process.stock.reserve(cart(FIRST, SECOND), operation_id="o1")
+    await process.quiet()
+    home, client = process.engine.home(FIRST), process.client
+    for name in ("results:0", "results:1"):
+        await client.hdel(home.key(name), f"{FIRST}\x1fo1")
+    ((partition, key),) = await world.open_parts()
+    upkeep = process.engine.upkeep
+    assert await upkeep.resolve_part(partition, key) is False
+    await world.apply()
+    assert await upkeep.resolve_part(partition, key) is True
+    assert await world.open_parts() == [(partition, key)]
+    assert await left(world) == [4, 4, 5]
+
+
+@pytest.mark.parametrize("how", ["deduct", "undone"])
+async def test_parts_whose_caller_died_follow_behind_the_ledger(world: World, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    async def dead(*_: Any) -> None: ...
+
+    monkeypatch.setattr(spanning, "finish", dead)
+    process = world.process()
+    if how == "deduct":
+        await process.stock.deduct(cart(*ALL), operation_id="o1")
+    else:
+        receipt = await process.stock.reserve(cart(*ALL), operation_id="o1")
+        with monkeypatch.context() as gone:
+            gone.setattr(deciding, "look", dead)  # home undoes it, and then the process finds no part any more
+            assert await process.stock.undo(receipt)
+    assert len(await world.open_parts()) == 2
+    await world.apply()
+    parts = Parts(process.engine.upkeep, world.ledger, MemoryQueue(), NoMetrics(), lambda *_: None, asyncio.Event())
+    following = Following(parts)
+    number = partition_of(FIRST, PARTITIONS)
+    rows = await process.engine.upkeep.read_journal(number, 1, 0, None, 1000)
+    following.applied([decode(number, 1, sequence, body) for sequence, body in rows])
+    task = asyncio.create_task(following.run())
+    async with asyncio.timeout(20):
+        while await world.open_parts():
+            await asyncio.sleep(0.01)
+    parts.stopping.set()
+    following.due.set()
+    await task
+    assert await left(world) == ([4, 4, 4] if how == "deduct" else [5, 5, 5])
