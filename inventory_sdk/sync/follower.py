@@ -402,8 +402,8 @@ class Follower:
             raise EpochMoved(f"the ledger is at {newest}, it was at {self._highest}")
         known = (await parts.persist("ledger", lambda: parts.ledger.nonces([place]))).get(place)
         try:
-            found = await parts.stock_side.read_journal(self._partition, buffer.epoch, place.sequence - 1, place.sequence, 1)
-            nonce = decode(*place, found[0][1]).nonce if found else known
+            found = await parts.stock_side.read_back(self._partition, buffer.epoch, place.sequence, 1)
+            nonce = decode(*place, found[0][1]).nonce if found and found[0][0] == place.sequence else known
         except UnreadableEntry:
             nonce = known  # the ledger has passed it
         except Exception as error:  # noqa: BLE001 - Redis is away: counted, looked at again
