@@ -7,8 +7,9 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from inventory_sdk import Line
 from tests.faults.proxy import Proxy
-from tests.faults.stand import Stand, Step
+from tests.faults.stand import MERCHANTS, Stand, Step
 from tests.servers_kit import PostgresServer, RedisServer, promote
 
 Fault = Callable[[Stand, Step], Awaitable[None]]
@@ -87,10 +88,15 @@ async def mute_redis(here: Stand, step: Step) -> None:
 
 
 async def strand_redis(here: Stand, step: Step) -> None:
-    """Scripts hang in dead connections while callers go on over new ones; then they arrive after all, too late to be allowed."""
+    """Scripts hang in dead connections while callers go on over new ones; then they arrive after all, too late to be allowed, and
+    just as there is stock again that they could take."""
     stranded = here.redis.strand()
-    await asyncio.sleep(0.6 + step.length * LONG)
-    stranded.set()
+    await asyncio.sleep(2.5 + step.length * LONG)  # until the lost replies are looked up, asked again, and refused
+    more, name = [Line(sku, 50) for sku in here.skus], f"opening again at {step.at}"
+    async with here.inventory:
+        stock = here.inventory.stock
+        await asyncio.gather(*(stock.restock(more, merchant=merchant, operation_id=name) for merchant in MERCHANTS))
+        stranded.set()
 
 
 def queue_of(here: Stand) -> Proxy:

@@ -87,7 +87,7 @@ async def test_scripts_that_were_stuck_in_dead_connections_take_nothing_that_the
     # So little stock that calls are refused all the time, and units that come back which a late script could take.
     async with stand(redis.url, amqp_url, postgres.url, folder, namespace, acts=acts, skus={"scarce": 2}, scarce=10) as here:
         await here.open(sellers=12)
-        await here.attack({"strand_redis": breaking.strand_redis})
+        await here.attack({"strand_redis": breaking.strand_redis}, gap=1000.0)
         await here.settled()
 
 
