@@ -77,6 +77,9 @@ class Stocked:
         return
         yield
 
+    async def extend(self, milliseconds: int) -> None:
+        return
+
     async def open(self) -> None:
         return
 

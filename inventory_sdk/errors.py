@@ -160,20 +160,31 @@ class DeadlineExceeded(InventoryError):
 
 
 class DurabilityNotReached(InventoryError):
-    """The operation stands, but the level asked for was not reached in time. Repeating it with the same id is safe.
+    """The operation stands, but the level asked for was not reached in time. Repeating it with the same ``operation_id`` is safe:
+    it has no second effect and earns its level again.
 
-    ``wanted`` and ``applied`` are positions (partition, epoch, sequence) or None; ``worker_seen`` is how many seconds ago
-    a worker gave a sign of life, None if never.
+    ``operation_id`` is None where no single operation was meant (``settled()``). ``wanted`` and ``applied`` are positions
+    (partition, epoch, sequence) or None; ``worker_seen`` is how many seconds ago a worker gave a sign of life, None if never.
     """
 
-    def __init__(self, level: str, wanted: Any, applied: Any, worker_seen: float | None, why: str = "") -> None:
-        seen = "no worker has given a sign of life" if worker_seen is None else f"worker seen {worker_seen:.1f} s ago"
-        more = f"; {why}" if why else ""
-        super().__init__(f"durability {level!r} not reached: wanted {wanted}, applied {applied}, {seen}{more}")
+    def __init__(
+        self, level: str, wanted: Any, applied: Any, worker_seen: float | None, why: str = "", operation_id: str | None = None
+    ) -> None:
+        parts = [f"durability {level!r} not reached: wanted {wanted}"]
+        if level == "database":
+            seen = "no worker has given a sign of life" if worker_seen is None else f"worker seen {worker_seen:.1f} s ago"
+            parts[0] += f", applied {applied}, {seen}"
+        if why:
+            parts.append(why)
+        if operation_id is not None:
+            parts.append(f"operation {operation_id!r} was done and stands; repeat it with the same operation_id to earn the level")
+        super().__init__("; ".join(parts))
         self.level = level
         self.wanted = wanted
         self.applied = applied
         self.worker_seen = worker_seen
+        self.why = why
+        self.operation_id = operation_id
 
 
 class NotStarted(InventoryError):

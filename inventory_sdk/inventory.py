@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 MAX_PARTITIONS: Final = 4096
+MAX_REPLICAS: Final = 16
 
 
 class Inventory(StockDecorators):
@@ -37,8 +38,9 @@ class Inventory(StockDecorators):
     None: the journal in Redis is the queue. ``database``: a SQLAlchemy URL with an async driver, or an AsyncEngine. ``merchant``:
     for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` is
     kept in the ledger and must be the same in every process. ``durability``: for calls that name none; None: ``"queue"`` where
-    one is configured, else ``"redis"``. ``metrics``: sinks; None: Prometheus' default registry. ``journal_cap``: entries of a
-    partition's journal, each a batch of operations, at which takes are refused with ``JournalFull`` until the worker has caught up.
+    one is configured, else ``"redis"``. ``replicas``: how many copies ``"replica"`` waits for. ``metrics``: sinks; None: Prometheus'
+    default registry. ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with
+    ``JournalFull`` until the worker has caught up.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -54,6 +56,7 @@ class Inventory(StockDecorators):
         partitions: int = 1,
         admission: str = "redis",
         durability: Durability | None = None,
+        replicas: int = 1,
         lanes: Mapping[str, Lane] | None = None,
         metrics: Sequence[Metrics] | None = None,
         table_prefix: str = "inventory_",
@@ -72,7 +75,9 @@ class Inventory(StockDecorators):
         if admission != "redis":
             raise InvalidOperation("admission", admission, "must be 'redis' in this release")
         if durability is not None and durability not in LEVELS:
-            raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)} in this release")
+            raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)}")
+        if type(replicas) is not int or not 1 <= replicas <= MAX_REPLICAS:
+            raise InvalidOperation("replicas", replicas, f"must be a whole number from 1 to {MAX_REPLICAS}")
         self._servers = servers_for(redis, queue, database)
         self._settings = StockSettings(
             namespace=namespace,
@@ -80,6 +85,7 @@ class Inventory(StockDecorators):
             redis_timeout=redis_timeout,
             results_window=results_window,
             journal_cap=journal_cap,
+            replicas=replicas,
         )
         self._prefix = table_prefix
         self._merchant = merchant
@@ -92,7 +98,7 @@ class Inventory(StockDecorators):
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
-        self.stock = Stock(self._engine, merchant=merchant, durability=self._default_durability, reach=self._reach)
+        self.stock = Stock(self._engine, merchant=merchant, durability=self._default_durability, reach=self._reach, keeps=self._keeps)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
@@ -131,6 +137,8 @@ class Inventory(StockDecorators):
                 running = Running(self._servers, self._ledger_part, self._settings, self._metrics, self._hooks, self._registry)
                 try:
                     await running.start()
+                    if self._durability is not None and running.open:
+                        await running.keeps(self._durability)
                 except BaseException:
                     await running.close()
                     raise
@@ -248,10 +256,10 @@ class Inventory(StockDecorators):
         return self._durability
 
     async def _reach(self, _: Engine, position: Position, level: str, key: str, batch: Answered | None) -> OperationRow | None:
-        running = self._ready()
-        if level == "queue" and not running.queue.confirms:
-            raise InvalidOperation("durability", level, "needs a queue that confirms: Inventory(queue='amqp://…')")
-        return await running.reach(position, level, key, batch)
+        return await self._ready().reach(position, level, key, batch)
+
+    async def _keeps(self, _: Engine, level: str) -> None:
+        await self._running().keeps(level)
 
     def _stock_acts(self) -> Stock:
         self._running()

@@ -8,7 +8,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inventory_sdk.errors import DurabilityNotReached, InsufficientStock, InventoryError, OutcomeUnknown
+from inventory_sdk.errors import (
+    DurabilityNotReached,
+    InsufficientStock,
+    InvalidOperation,
+    InventoryError,
+    OutcomeUnknown,
+    StockFrozen,
+)
 from inventory_sdk.ledger.protocol import Ledger, LedgerUnavailable, OperationRow
 from inventory_sdk.metrics import Happened, Metrics
 from inventory_sdk.model import OpeningBalance, Position, Shortage, split_key
@@ -94,7 +101,11 @@ class Running:
             if stored != value:
                 raise InventoryError(f"{name}={value!r}, but this ledger was made with {stored!r}; all processes must agree")
         for partition in range(self.settings.partitions):
-            await open_first(self.engine.upkeep, self.ledger, self.queue, partition)
+            try:
+                await open_first(self.engine.upkeep, self.ledger, self.queue, partition)
+            except StockFrozen as frozen:
+                # Whoever was opening or recovering it may be dead. A worker that did not start could never take that over.
+                log.warning("started all the same: %s", frozen)
         self.open = True
         if self._servers.embedded:
             await self.embed_worker()
@@ -108,6 +119,15 @@ class Running:
         """Start a worker inside; ``close`` stops it."""
         self._worker = self.make_worker()
         await self._worker.start()
+
+    async def keeps(self, level: str) -> None:
+        """``InvalidOperation`` where this deployment can't keep the level. Embedded, for tests, each is as good as the others."""
+        if self._servers.embedded:
+            return
+        if level == "queue" and not self.queue.confirms:
+            raise InvalidOperation("durability", level, "needs a queue that confirms: Inventory(queue='amqp://…')")
+        if level in ("replica", "aof"):
+            await self.engine.waits.check(self.engine.partitions[0], level)
 
     def make_worker(self, **options: Any) -> Worker:
         """A worker over all partitions, on this loop's connections."""
@@ -128,7 +148,7 @@ class Running:
     async def close(self) -> None:
         """Everything that was opened, in the order in which it is no longer needed; the first error is raised at the end."""
         failures: list[BaseException] = []
-        steps = [self.engine.drain, self._publisher.close]
+        steps = [self.engine.drain, self._publisher.close, self.watermark.close]
         if self._worker is not None:
             steps.append(self._worker.stop)
         for step in (*steps, self.engine.close, self.queue.close, self.ledger.close, self._close_client):
@@ -148,43 +168,113 @@ class Running:
         operation of this id stands: the first receipt. ``DurabilityNotReached``; ``InsufficientStock`` if the ledger refused it."""
         if position.epoch == 0:  # it entered through the ledger
             return None
+        name = split_key(key)[1] if key else None
         if level == "queue":
             await self._confirmed(position, key, batch)
-            return None
-        await self.watermark.reached(position, LEDGER_TIMEOUT)
+        elif level in ("replica", "aof"):
+            await self._copied(position, level, key, batch)
+        else:
+            await self._applied(position, "database", name)
         if level != "database":
             return None
         try:
             return await self._verdict(position, key)
         except LedgerUnavailable as error:
-            raise DurabilityNotReached(level, position, position, None, f"applied, but its verdict is not known: {error}") from error
+            why = f"applied, but its verdict is not known: {error}"
+            raise DurabilityNotReached(level, position, position, None, why, name) from error
+
+    async def _applied(self, position: Position, level: str, name: str | None, why: str = "") -> None:
+        try:
+            await self.watermark.reached(position, LEDGER_TIMEOUT)
+        except DurabilityNotReached as error:
+            lost = error.why.startswith("lost")  # then nothing stands that could be repeated for its level
+            why = "; ".join(filter(None, (why, error.why)))
+            raise DurabilityNotReached(level, position, error.applied, error.worker_seen, why, None if lost else name) from error
+
+    async def _copied(self, position: Position, level: str, key: str, batch: Answered | None) -> None:
+        """The batch's own wait where it wrote the operation; else (a replay) one behind something harmless."""
+        if self._servers.embedded:
+            return  # for tests: everything is in one process, and no level survives more than another
+        if batch is not None and batch.waited is not None and batch.waited_for == level and batch.position == position:
+            why = await asyncio.shield(batch.waited)
+        else:
+            why = await self.engine.waits.marked(self.engine.partitions[position.partition], level, key, position)
+        if why:
+            raise DurabilityNotReached(level, position, None, None, why, split_key(key)[1])
 
     async def _confirmed(self, position: Position, key: str, batch: Answered | None) -> None:
-        publication = batch.confirmed if batch is not None else None
-        if publication is None:
-            # A replay earns its level again; an entry that is trimmed has been applied.
-            view = self.engine.partitions[position.partition]
-            entries = await read_entries(view, position.epoch, position.sequence - 1, position.sequence, 1)
-            if not entries:
-                return
-            publication = self._publisher.publish(*position, entries[0][1].decode())
+        """Its entry, and those that gave back what it sells. What the journal does not have (any more) the ledger must have."""
+        name = split_key(key)[1] if key else None
+        if batch is not None and batch.givers and batch.given is None:
+            batch.given = self.engine.in_background(self._given(batch), "confirm of givers")
+        publication = batch.confirmed if batch is not None and batch.position == position else None
+        replay = publication is None
         try:
-            await publication
+            # A replay earns its level again. Nothing is let in for an epoch that has ended.
+            if publication is None and (batch is None or batch.position.epoch == position.epoch):
+                view = self.engine.partitions[position.partition]
+                for _, body in await read_entries(view, position.epoch, position.sequence - 1, position.sequence, 1):
+                    publication = self._publisher.publish(*position, body.decode())
+            if publication is not None:
+                await publication
         except Unroutable as error:
-            if await self._open_at(position):
-                # A broker that was emptied: the worker binds the epoch again and reads the entry from the journal.
-                raise DurabilityNotReached("queue", position, None, None, f"{error}; it stands in Redis") from error
-            why = f"epoch {position.epoch} of partition {position.partition} was ended before RabbitMQ confirmed it"
-            raise OutcomeUnknown(split_key(key)[1], why) from error
-        except PublishFailed as error:
-            raise DurabilityNotReached("queue", position, None, None, str(error)) from error
+            await self._refused_by_the_fence(position, name, replay, error)
+            return
+        except (PublishFailed, NotExecuted) as error:
+            raise DurabilityNotReached("queue", position, None, None, str(error), name) from error
+        if publication is None:
+            await self._recorded(position, key)
+        elif batch is not None and batch.givers is None:
+            await self._applied(position, "queue", name, "the answer that says what it rests on was lost")
+        if batch is not None and batch.given is not None:
+            failed = await asyncio.shield(batch.given)
+            if failed is not None:
+                why = f"what gave back its stock is not safe: {failed}"
+                raise DurabilityNotReached("queue", position, None, None, why, name) from failed
 
-    async def _open_at(self, position: Position) -> bool:
+    async def _recorded(self, position: Position, key: str) -> None:
+        """Trimmed is applied. But a Redis that lost the entry, or never had it, has none either: the ledger must have this very one."""
+        name = split_key(key)[1]
+        gone = "its entry is not in the journal"
+        await self._applied(position, "queue", name, gone)
         try:
-            hello = await self.engine.partitions[position.partition].hello()
+            rows = await self.ledger.operations_at([position])
+        except LedgerUnavailable as error:
+            raise DurabilityNotReached("queue", position, None, None, f"{gone}, and the ledger can't be asked: {error}", name) from error
+        if not any(row.key == key for row in rows):
+            raise DurabilityNotReached("queue", position, None, None, f"{gone}, and the ledger has another one there")
+
+    async def _refused_by_the_fence(self, position: Position, name: str | None, replay: bool, error: Unroutable) -> None:
+        """RabbitMQ returned the entry: what that means depends on the epoch that Redis sells in now."""
+        epoch = await self._open_epoch(position.partition)
+        if replay and epoch is not None and epoch > position.epoch:
+            return  # a replay across a recovery: what Redis remembers of an earlier epoch, it has from the ledger
+        if epoch == position.epoch:
+            # A broker that was emptied: the worker binds the epoch again and reads the entry from the journal.
+            raise DurabilityNotReached("queue", position, None, None, f"{error}; it stands in Redis", name) from error
+        why = f"epoch {position.epoch} of partition {position.partition} was ended before RabbitMQ confirmed it"
+        raise OutcomeUnknown(name or "", why) from error
+
+    async def _given(self, batch: Answered) -> Exception | None:
+        """For all callers of a batch: None, or why what it rests on could not be made safe."""
+        assert batch.givers is not None
+        assert self.engine.givers is not None
+        number, epoch, _ = batch.position
+        try:
+            upto = await self.engine.givers.confirm(self.engine.partitions[number], epoch, batch.givers)
+            if upto:
+                await self.watermark.reached(Position(number, epoch, upto), LEDGER_TIMEOUT)
+        except (PublishFailed, InventoryError) as error:
+            return error
+        return None
+
+    async def _open_epoch(self, partition: int) -> int | None:
+        """The epoch that Redis sells in now; None while it doesn't, or does not answer."""
+        try:
+            hello = await self.engine.partitions[partition].hello()
         except (NotExecuted, ReplyLost):
-            return False
-        return (hello.epoch, hello.state, hello.run_id_kept) == (position.epoch, "open", True)
+            return None
+        return hello.epoch if hello.state == "open" and hello.run_id_kept else None
 
     async def _verdict(self, position: Position, key: str) -> OperationRow | None:
         task = self._verdicts.get(position)

@@ -49,6 +49,7 @@ class Deployment:
     partitions: int
     durability: str | None
     prefix: str = "inventory_"
+    replicas: int = 1
 
     @property
     def default_durability(self) -> str:
@@ -63,6 +64,7 @@ def doctor(
     partitions: Annotated[int, typer.Option(min=1, envvar="INVENTORY_PARTITIONS")] = 1,
     durability: Annotated[str | None, typer.Option(help=f"A level it must keep: {', '.join(LEVELS)}")] = None,
     prefix: TablePrefix = "inventory_",
+    replicas: Annotated[int, typer.Option(min=1, help="Copies that durability replica waits for")] = 1,
     drill: Annotated[bool, typer.Option("--drill", help="Sell on a throw-away namespace, break things, count to the unit.")] = False,
 ) -> None:
     """Check every connection and every setting that would break a promise. Exit code 1 when something must change.
@@ -76,7 +78,7 @@ def doctor(
         raise refuse("no Redis: give --redis or set INVENTORY_REDIS_URL")
     if database is None:
         raise refuse("no database: give --database or set INVENTORY_DATABASE_URL")
-    deployment = Deployment(redis, queue, database, namespace, partitions, durability, prefix)
+    deployment = Deployment(redis, queue, database, namespace, partitions, durability, prefix, replicas)
     run(drilled(deployment) if drill else report(deployment))
 
 
@@ -206,6 +208,9 @@ async def look_at_server(deployment: Deployment, client: Redis, name: str, facts
 
     aof = bool(info.get("aof_enabled"))
     facts["aof"] = aof and facts.get("aof", True)
+    links = [info.get(f"slave{number}") for number in range(int(info.get("connected_slaves", 0)))]
+    replicas = sum(isinstance(link, dict) and link.get("state") == "online" for link in links)
+    facts["replicas"] = min(replicas, facts.get("replicas", replicas))
     try:
         snapshots = str((await client.config_get("save")).get("save", ""))
     except ResponseError:  # managed services hide CONFIG; whether a snapshot was ever written still tells something
@@ -295,12 +300,15 @@ def keeps(deployment: Deployment, facts: dict[str, Any]) -> Finding:
     why = ""
     if "redis_version" not in facts:
         why = "Redis does not answer"
-    elif level == "replica":
-        why = "this release does not wait for replicas; use queue or database"
+    elif level == "replica" and facts.get("replicas", 0) < deployment.replicas:
+        there = facts.get("replicas", 0)
+        why = (
+            f"{there} of {deployment.replicas} replicas are connected to {shown(deployment.redis)}; connect them, or use queue or database"
+        )
     elif level == "aof" and facts["redis_numbers"] < (7, 2):
         why = f"Redis {facts['redis_version']} has no WAITAOF, 7.2 has; use queue or database"
-    elif level == "aof":
-        why = "this release does not wait for the append-only file; use queue or database"
+    elif level == "aof" and not facts.get("aof"):
+        why = "Redis keeps no append-only file; set appendonly yes, or use queue or database"
     elif level == "queue" and deployment.queue is None:
         why = "no queue is configured; give --queue or set INVENTORY_QUEUE_URL to a RabbitMQ"
     elif level == "queue" and facts.get("confirms") is False:

@@ -33,12 +33,16 @@ from inventory_sdk.stock.batch import ASK_LEDGER, DONE, DONE_LINES, NOT_FOUND, N
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, read_result
+from inventory_sdk.stock.waits import FLAGS
 
-LEVELS: Final = ("redis", "queue", "database")
+LEVELS: Final = ("redis", "replica", "aof", "queue", "database")
 
 Reach = Callable[[Engine, Position, str, str, Answered | None], Awaitable[OperationRow | None]]
-"""Waits until the operation of this key at this position is as durable as the level says; the batch is None for a replay.
+"""Waits until the operation of this key at this position is as durable as the level says. The batch is the one that answered; a
+replay's position is not its own. None where no batch was asked.
 Answers the row of the first operation of this id where the ledger found that one stands already."""
+Keeps = Callable[[Engine, str], Awaitable[None]]
+"""Asked at the first use of a level, before anything moves: ``InvalidOperation`` where it can't be kept here."""
 
 
 class Acts:
@@ -51,12 +55,14 @@ class Acts:
         merchant: str | None,
         durability: Callable[[], str],
         reach: Reach,
+        keeps: Keeps | None = None,
         max_lines: int = MAX_LINES,
     ) -> None:
         self._engine = engine
         self._default_merchant = check_text("merchant", merchant) if merchant is not None else None
         self._default_durability = durability
         self._reach = reach
+        self._keeps = keeps
         self._max_lines = max_lines
 
     async def submit(
@@ -142,6 +148,11 @@ class Acts:
         """Close a pinned hold as its decider."""
         return await self._close(Kind(kind), receipt.operation_id, None, None, receipt.merchant, None, None, "d")
 
+    async def _keep_level(self, engine: Engine, level: str) -> None:
+        if self._keeps is not None:
+            await self._keeps(engine, level)
+        engine.kept.add(level)
+
     def _merchant(self, merchant: str | None) -> str:
         if merchant is not None:
             return check_text("merchant", merchant)
@@ -204,6 +215,8 @@ class Acts:
         flat = self._flat(lines, merchant, signed)
         level = self._default_durability() if durability is None else _check_level(durability)
         engine = self._engine()
+        if level not in engine.kept:
+            await self._keep_level(engine, level)
         partition = engine.home(merchant)
         if engine.loader.has_unknown:
             engine.loader.check_known(flat[::2])
@@ -214,7 +227,7 @@ class Acts:
             if ttl is None and made_up:
                 raise InvalidOperation("ttl", None, "a hold without an end needs an operation_id of your own")
         key = f"{merchant}\x1f{name}"
-        operation = [kind, key, fingerprint(kind, "", flat), flat, order or "", "", hold_ms, extra, "", ""]
+        operation = [kind, key, fingerprint(kind, "", flat), flat, order or "", "", hold_ms, extra, "", FLAGS.get(level, "")]
         orphaned = partial(self._give_back, engine, partition, kind, key, flat) if made_up else None
         batcher = engine.batcher(partition, context.lane.get())
         answer, batch = await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
@@ -246,7 +259,7 @@ class Acts:
                 known = await reading.status(engine, partition, key)
                 remaining = known[4] if known else [0] * (len(flat) // 2)
             if level != "redis":
-                first = await self._reach(engine, position, level, key, None)
+                first = await self._reach(engine, position, level, key, batch)
                 if first is not None:
                     return _first_receipt(first, kind, level)
             return receipt(name, kind, merchant, record.order or None, flat, remaining, position, level, True, signed)
@@ -301,6 +314,9 @@ class Acts:
         hold = key_of(home, reservation)
         key = key_of(home, name)
         engine = self._engine()
+        if level not in engine.kept:
+            await self._keep_level(engine, level)
+        flag += FLAGS.get(level, "")
         partition = engine.home(home)
         mark = fingerprint(kind, hold, flat)
 
@@ -328,7 +344,7 @@ class Acts:
             record = read_result(answer[1])
             position = Position(partition.number, record.epoch, record.sequence)
             if level != "redis":
-                await self._reach(engine, position, level, key, None)
+                await self._reach(engine, position, level, key, batch)
             first = record.lines or flat
             return receipt(name, kind.value, home, record.order or None, first, record.remaining, position, level, True)
         raise error(answer, name, reservation)
@@ -415,5 +431,5 @@ def _extra(reason: str | None, task: dict[str, Any] | None) -> str:
 
 def _check_level(durability: str) -> str:
     if durability not in LEVELS:
-        raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)} in this release")
+        raise InvalidOperation("durability", durability, f"must be one of {', '.join(LEVELS)}")
     return durability

@@ -10,11 +10,11 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import from_json, to_json
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
@@ -25,6 +25,10 @@ from inventory_sdk.model import Position
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
+
+if TYPE_CHECKING:
+    from inventory_sdk.stock.givers import Givers
+    from inventory_sdk.stock.waits import Waits
 
 log = logging.getLogger("inventory_sdk.stock")
 
@@ -54,6 +58,8 @@ _REASONS: Final = {
     ASK_LEDGER: "forgotten",
 }
 
+GIVE: Final = frozenset({"release", "expire", "undo", "void"})
+"""Kinds that make units available again, and are in the script's ``givers`` until they are confirmed."""
 _PROCESS: Final = secrets.token_hex(4)
 _NUMBERS: Final = count()
 
@@ -67,13 +73,27 @@ def new_nonce() -> str:
 
 
 class Answered:
-    """What the callers of one batch share: where its entry stands. ``confirmed`` is None where nothing was published."""
+    """What the callers of one batch share: where its entry stands, and what makes it durable. ``position`` is the partition's
+    last one where nothing was journaled. ``confirmed`` is None where nothing was published. ``waited``: ends with "" when the
+    level ``waited_for`` is reached for what the batch did, else with why not. ``givers``: what its sales at ``queue`` rest on,
+    as the script said it; None: not known. ``given`` is the task that sees to it, once somebody asks."""
 
-    __slots__ = ("confirmed", "position")
+    __slots__ = ("confirmed", "given", "givers", "position", "waited", "waited_for")
 
-    def __init__(self, position: Position, confirmed: Awaitable[Any] | None) -> None:
+    def __init__(
+        self,
+        position: Position,
+        confirmed: Awaitable[Any] | None,
+        givers: Sequence[str] | None = (),
+        waited: asyncio.Task[str] | None = None,
+        waited_for: str = "",
+    ) -> None:
         self.position = position
         self.confirmed = confirmed
+        self.givers = givers
+        self.given: asyncio.Task[Exception | None] | None = None
+        self.waited = waited
+        self.waited_for = waited_for
 
 
 Answer = tuple[list[Any], Answered]
@@ -112,7 +132,11 @@ class Batcher:
         publish: Publish | None,
         journal_cap: int,
         on_refused: Callable[[int, str], None],
+        waits: Waits,
+        givers: Givers | None,
     ) -> None:
+        self._waits = waits
+        self._givers = givers
         self.partition = partition
         self.lane = lane
         self._metrics = metrics
@@ -236,10 +260,10 @@ class Batcher:
                     return
                 if status == b"went_back":
                     self._on_refused(partition.number, "went_back")
-                    why = f"Redis went back in time below {sent.epoch}-{sent.after}; the partition is being recovered"
-                    self._fail(batch, None, reason=why)
                     with suppress(NotExecuted, ReplyLost):  # told before the next batch at the latest
                         await partition.report()
+                    why = f"Redis went back in time below {sent.epoch}-{sent.after}; the partition is being recovered"
+                    self._fail(batch, None, reason=why)
                     return
                 if status in (b"missing", b"run_id"):
                     self._on_refused(partition.number, status.decode())
@@ -260,9 +284,11 @@ class Batcher:
         if self._unrecorded:
             self._loop.call_soon(self._record)  # runs while Redis works on this one
         arguments = (sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations)
-        reply = await partition.wire.run("batch", partition.keys, arguments)
+        behind = self._waits.behind({*"".join([item.operation[9] for item in batch])}) if self._waits.used else None
+        reply = await partition.wire.run("batch", partition.keys, arguments, behind)
+        waited = self._waits.follow(behind) if behind is not None else None
         status: bytes
-        status, now, in_epoch, last, answers, body = reply.split(b"\n", 5)
+        status, now, in_epoch, last, answers, body, *givers = reply.split(b"\n", 6)
         if status != b"ok":
             partition.heard(int(now))
             partition.forget()
@@ -274,7 +300,13 @@ class Batcher:
             partition.doubt("went_back")
             return b"went_back"
         partition.heard(int(now), in_epoch.decode(), sequence)
-        if self._deliver(batch, decoded, int(in_epoch), sequence, body, time.perf_counter() - started):
+        rests = from_json(givers[0]) if givers else ()
+        level = behind.level if behind is not None else ""
+        seconds = time.perf_counter() - started
+        # One that is to be compared first is kept for that.
+        if self._deliver(batch, decoded, int(in_epoch), sequence, body, seconds, rests, waited, level) and (
+            partition.checked == partition.wire.made or partition.own is None
+        ):
             partition.own = (sent.epoch, sequence, sent.nonce)
         return status
 
@@ -332,7 +364,8 @@ class Batcher:
             # A second operation of the batch with the same key was a replay, and will find the first one's record.
             del done[operation.key]
             answers.append([DONE_LINES, operation.remaining, operation.lines, operation.order])
-        self._deliver(found, answers, int(epoch), sequence, body, time.perf_counter() - started)
+        # What its sales rest on was in the lost reply.
+        self._deliver(found, answers, int(epoch), sequence, body, time.perf_counter() - started, None)
         return rest
 
     async def _find(self, nonce: str, epoch: int, after: int, upto: int) -> tuple[int, bytes] | None:
@@ -348,7 +381,18 @@ class Batcher:
             after = entries[-1][0]
         return None
 
-    def _deliver(self, batch: list[_Waiting], answers: list[list[Any]], epoch: int, sequence: int, body: bytes, seconds: float) -> bool:
+    def _deliver(
+        self,
+        batch: list[_Waiting],
+        answers: list[list[Any]],
+        epoch: int,
+        sequence: int,
+        body: bytes,
+        seconds: float,
+        givers: Sequence[str] | None,
+        waited: asyncio.Task[str] | None = None,
+        level: str = "",
+    ) -> bool:
         """Publish the entry and answer the callers; whether anything was journaled."""
         confirmed: Awaitable[Any] | None = None
         accepted: dict[str, int] = {}
@@ -366,7 +410,10 @@ class Batcher:
                 refused[reason] = refused.get(reason, 0) + 1
         if accepted and self._publish is not None:
             confirmed = self._publish(self.partition.number, epoch, sequence, body.decode())
-        answered = Answered(Position(self.partition.number, epoch, sequence), confirmed)
+            if self._givers is not None and not GIVE.isdisjoint(accepted):
+                fields = _given_back(batch, answers)
+                self._givers.gave(self.partition, epoch, sequence, fields, confirmed)
+        answered = Answered(Position(self.partition.number, epoch, sequence), confirmed, givers, waited if accepted else None, level)
         for item, answer in zip(batch, answers, strict=True):
             if not item.future.done():
                 item.future.set_result((answer, answered))
@@ -393,6 +440,19 @@ class Batcher:
                 item.future.set_exception(OutcomeUnknown(_name(item.operation), reason))
             else:
                 item.future.set_exception(_copy(error, cause))
+
+
+def _given_back(batch: list[_Waiting], answers: list[list[Any]]) -> set[str]:
+    fields: set[str] = set()
+    for item, answer in zip(batch, answers, strict=True):
+        kind = item.operation[0]
+        if answer[0] > DONE or kind not in GIVE:
+            continue
+        if kind == "void":
+            fields.update(item.operation[3][::3])
+        else:
+            fields.update((answer[2] if answer[0] == DONE_LINES else item.operation[3])[::2])
+    return fields
 
 
 def _name(operation: list[Any]) -> str:

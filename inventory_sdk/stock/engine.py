@@ -17,11 +17,13 @@ from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics.events import Happened, Metrics
 from inventory_sdk.model import JournalOperation, partition_of, split_key
 from inventory_sdk.stock.batch import NOT_LOADED, PIN, Answer, Batcher, Publish, read_entries
+from inventory_sdk.stock.givers import Givers
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.loading import Loader
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.routed import scripts_on
 from inventory_sdk.stock.upkeep import Upkeep
+from inventory_sdk.stock.waits import Waits
 
 log = logging.getLogger("inventory_sdk.stock")
 
@@ -32,7 +34,8 @@ PIN_WAITS: Final = (0.01, 0.05, 0.1, 0.2, 0.4)
 @dataclass(frozen=True, slots=True)
 class StockSettings:
     """What all processes on one stock share, and how this one talks to Redis. Times in seconds; ``journal_cap`` in entries of one
-    partition (0: none), at which takes are refused."""
+    partition (0: none), at which takes are refused. ``replicas``: how many must have what is acknowledged at ``replica``;
+    ``wait_timeout``: how long it and ``aof`` are waited for."""
 
     namespace: str = "inventory"
     partitions: int = 1
@@ -40,6 +43,8 @@ class StockSettings:
     journal_cap: int = 1_000_000
     results_window: float = 86_400.0
     results_most: int = 20_000_000
+    replicas: int = 1
+    wait_timeout: float = 5.0
 
 
 class Engine:
@@ -65,6 +70,10 @@ class Engine:
         self.partitions = tuple(Partition(number, settings.namespace, self.wire) for number in range(settings.partitions))
         self._batchers: dict[tuple[int, str], Batcher] = {}
         self._on_refused = on_refused
+        self.kept = {"redis"}
+        """Durability levels that are known to be kept here."""
+        self.waits = Waits(settings.replicas, settings.wait_timeout, self.in_background)
+        self.givers = Givers(publish, self.in_background, metrics) if publish is not None else None
         self._background: set[asyncio.Task[Any]] = set()
         self.loader = Loader(ledger, partial(opener, self) if opener is not None else None)
         self.upkeep = Upkeep(
@@ -86,7 +95,9 @@ class Engine:
         key = (partition.number, lane)
         batcher = self._batchers.get(key)
         if batcher is None:
-            batcher = Batcher(partition, lane, self.metrics, self.publish, self.settings.journal_cap, self._on_refused)
+            batcher = Batcher(
+                partition, lane, self.metrics, self.publish, self.settings.journal_cap, self._on_refused, self.waits, self.givers
+            )
             self._batchers[key] = batcher
         return batcher
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen, UnknownStock
+from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConflict, OutcomeUnknown, StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, LedgerUnavailable
 from inventory_sdk.metrics.events import Retried
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
@@ -84,7 +84,7 @@ async def enter(
         return Done(entered.position, entered.remaining, entered.replayed)
     try:
         answer = await _credited(engine, partition, entered.credit, flat[::2])
-    except (Overloaded, OutcomeUnknown) as error:
+    except InventoryError as error:  # whatever kept the credit away, the transaction stands
         raise OutcomeUnknown(split_key(key)[1], f"it is in the ledger, its credit is pending: {error}") from error
     if answer[0] == REPLAY:
         return Done(entered.position, read_result(answer[1]).remaining, entered.replayed)

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from inventory_sdk.metrics.events import Metrics
 from inventory_sdk.stock.route import Address, ClusterRoute, Guide, SentinelRoute
-from inventory_sdk.stock.wire import REFUSED_UNEXECUTED, NotExecuted, ReplyLost, Scripts, Wire
+from inventory_sdk.stock.wire import REFUSED_UNEXECUTED, Behind, NotExecuted, ReplyLost, Scripts, Wire
 
 
 def scripts_on(client: Any, timeout: float, metrics: Metrics) -> Scripts:
@@ -40,11 +40,11 @@ class RoutedScripts:
         """Connections that were made so far, to any server."""
         return sum(wire.made for wire in self._wires.values())
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], behind: Behind | None = None) -> Any:
         """As ``Wire.run``, by the server that has the first key. Nothing is sent twice but what was refused unexecuted."""
 
         async def attempt(address: Address, asking: bool) -> Any:
-            return await self._run(address, name, keys, arguments, asking)
+            return await self._run(address, name, keys, arguments, behind, asking)
 
         try:
             return await self._guide.insist(keys[0], attempt)
@@ -52,12 +52,16 @@ class RoutedScripts:
             self._guide.doubt()
             raise
 
-    async def _run(self, address: Address, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], asking: bool) -> Any:
+    async def _run(
+        self, address: Address, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], behind: Behind | None, asking: bool
+    ) -> Any:
         wire = self._wires.get(address)
         if wire is None:
             wire = self._wires[address] = Wire(self._guide.route.client(address), self.timeout)
-        reply = await wire.run(name, keys, arguments, asking=asking)
+        reply = await wire.run(name, keys, arguments, behind, asking=asking)
         if not self._guide.route.heard(address):
+            if behind is not None:
+                await behind.give_back(False)
             raise ReplyLost(f"{name} was answered by {address[0]}:{address[1]}, which is the master no more")
         return reply
 

@@ -15,6 +15,7 @@ from inventory_sdk.errors import InventoryError, StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import Credit, EpochClosed, Ledger, Rebuilding, Void
 from inventory_sdk.model import JournalOperation, fingerprint, key_of, split_key
 from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
+from inventory_sdk.stock.givers import sweep
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_reservation, write_result
 from inventory_sdk.stock.resubmit import late_verdict, resubmission
@@ -190,8 +191,10 @@ class Upkeep:
         return answer
 
     async def trim(self, partition: int, epoch: int, upto_sequence: int) -> None:
-        """Entries up to this one are applied; those older than ten minutes go, all of them where room is short."""
+        """Entries up to this one are applied: they are no ``givers`` any more, and those older than ten minutes go, all of them where
+        room is short."""
         await self._tidy(partition, epoch, upto_sequence)
+        await sweep(self._partition(partition), epoch, upto_sequence)
 
     async def rotate(self, partition: int) -> None:
         """Start a new results window where the current one is full or old."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from typing import Any, Final, Protocol
@@ -65,6 +66,30 @@ def _word(text: str | bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(data), data)
 
 
+class Behind:
+    """A command that waits, sent right behind a script on its connection. Once the script has answered, ``connection`` is its
+    owner's, who reads the other answer and gives the connection back. ``deadline``: monotonic."""
+
+    __slots__ = ("_release", "command", "connection", "deadline", "level")
+
+    def __init__(self, level: str, words: Sequence[str | int], deadline: float) -> None:
+        self.level = level
+        self.command = b"*%d\r\n" % len(words) + b"".join(_word(str(word)) for word in words)
+        self.deadline = deadline
+        self.connection: Any = None
+        self._release: Callable[[Any, bool], Awaitable[None]] | None = None
+
+    def lend(self, connection: Any, release: Callable[[Any, bool], Awaitable[None]]) -> None:
+        """The script has answered; ``release(connection, whether nothing is outstanding on it)`` takes it back."""
+        self.connection = connection
+        self._release = release
+
+    async def give_back(self, clean: bool) -> None:
+        """``clean``: its answer was read, so the connection can be used again."""
+        if self._release is not None:
+            await self._release(self.connection, clean)
+
+
 class Scripts(Protocol):
     """Sends scripts to whoever has their keys. ``client`` is for plain commands; ``timeout`` seconds are one script's."""
 
@@ -79,8 +104,9 @@ class Scripts(Protocol):
         """Connections that were made so far: each may have met another server than the last."""
         ...
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> Any:
-        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``."""
+    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], behind: Behind | None = None) -> Any:
+        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``.
+        ``behind`` is sent along, and keeps the connection if there is a reply."""
         ...
 
     async def close(self) -> None: ...
@@ -98,26 +124,36 @@ class Wire:
         self._busy: set[Any] = set()
         self._heads: dict[tuple[str, str, int], bytes] = {}
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], *, asking: bool = False) -> Any:
-        """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``.
-        ``asking``: the server doesn't own the slot yet, and serves one command behind an ``ASKING``."""
+    async def run(
+        self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], behind: Behind | None = None, *, asking: bool = False
+    ) -> Any:
+        """As ``Scripts.run``. ``asking``: the server doesn't own the slot yet, and serves one command behind an ``ASKING``."""
         text = script(name)
         command = self._packed(name, text.digest, keys, arguments)
         connection = await self._connection()
         self._busy.add(connection)
-        done = False
+        done = lent = False
         try:
             async with asyncio.timeout(self.timeout):
                 try:
                     if asking:
                         await _ask(connection)
-                    await connection.send_packed_command(command, False)
+                    await connection.send_packed_command(command if behind is None else command + behind.command, False)
                     reply = await connection.read_response()
                 except NoScriptError:
+                    if behind is not None:
+                        # It waited behind nothing. With the script's text it is sent again, where its answer counts.
+                        with suppress(ResponseError):
+                            await connection.read_response()
                     if asking:
                         await _ask(connection)  # it was good for one command
                     await connection.send_command("EVAL", text.text, len(keys), *keys, *arguments)
+                    if behind is not None:
+                        await connection.send_packed_command(behind.command, False)
                     reply = await connection.read_response()
+            if behind is not None:
+                behind.lend(connection, self._release)
+                lent = True
             done = True
             return reply
         except REFUSED_UNEXECUTED as error:
@@ -130,16 +166,20 @@ class Wire:
         ) as error:  # OSError: also TimeoutError
             raise ReplyLost(f"no answer from Redis to {name}: {error!r}") from error
         except ResponseError as error:
-            done = True
+            done = behind is None  # else an answer is outstanding
             if str(error).startswith(NO_REPLICAS):
                 raise NotExecuted(f"Redis did not execute {name}: {error}") from error
             raise
         finally:
-            self._busy.discard(connection)
-            if done:
-                self._idle.append((connection, time.monotonic()))
-            else:
-                await connection.disconnect(nowait=True)
+            if not lent:
+                await self._release(connection, done)
+
+    async def _release(self, connection: Any, clean: bool) -> None:
+        self._busy.discard(connection)
+        if clean:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            await connection.disconnect(nowait=True)
 
     def _packed(self, name: str, digest: str, keys: Sequence[str], arguments: Sequence[str | bytes]) -> bytes:
         """EVALSHA on the wire. All but the arguments is the same for every call of a script on a partition."""

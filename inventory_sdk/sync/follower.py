@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from inventory_sdk.ledger.protocol import EpochClosed, ForkFound, PartitionRow, WatermarkMoved
-from inventory_sdk.model import JournalEntry
+from inventory_sdk.model import JournalEntry, Position
 from inventory_sdk.stock.journal import UnreadableEntry, decode
 from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
 from inventory_sdk.sync.backoff import Backoff, waited
@@ -95,6 +95,8 @@ class Follower:
         self._more = False
         """The last reading of the journal was cut off: there is more at once."""
         self.last_sign: float | None = None
+        self.sign_now = False
+        """Redis may have lost the last sign: the next one is not to wait for its turn."""
         self.receiving = False
 
     async def run(self) -> None:
@@ -174,6 +176,7 @@ class Follower:
                     raise RecoveryNeeded("ledger_went_back", f"the ledger is at {row.epoch}-{buffer.watermark}, was at {known}-{at}", known)
                 self._highest = (row.epoch, buffer.watermark)
                 self._bind_at = 0.0
+                self._look_at = 0.0
                 await self._follow(consumer, buffer)
             except RecoveryNeeded as need:
                 await self._recover(consumer, buffer, need, task.newest)
@@ -200,11 +203,14 @@ class Follower:
         parts = self._parts
         epoch, sequence = self._sequence
         memory = Memory(newest, sequence if epoch == buffer.epoch else 0, self.last_sign)
+        self.sign_now = True
         try:
             aside = await recover(parts, self._applier, consumer, buffer, need, memory, self._sign)
             if aside is None:
                 raise EpochMoved("another process recovers it")
             self._late_entries += aside
+            self.sign_now = True
+            self._sign()
             self._highest = (0, 0)  # what a ledger that went back has forgotten is dealt with
         except (Halted, EpochMoved, EpochClosed):
             raise
@@ -297,6 +303,7 @@ class Follower:
                 self._highest = max(self._highest, (buffer.epoch, buffer.watermark))
                 self._sign()
                 self._trouble.reset()
+                await self._look(buffer)
             elif buffer.held() is not None:
                 await until_readable(self._parts, buffer)
             else:
@@ -385,14 +392,26 @@ class Follower:
             self._sign()
 
     async def _look(self, buffer: Buffer) -> None:
-        """While nothing moves, nobody would notice a ledger that was restored from a backup."""
+        """Now and then: a ledger that was restored from a backup, and a Redis that went back and grew again to where it was, show
+        themselves in nothing that moves."""
         if time.monotonic() < self._look_at:
             return
-        parts = self._parts
+        parts, place = self._parts, Position(self._partition, buffer.epoch, buffer.watermark)
         newest = await parts.persist("ledger", lambda: parts.ledger.partition(self._partition))
-        self._look_at = time.monotonic() + LOOK
         if newest is None or (newest.epoch, newest.applied) < self._highest or newest.epoch != buffer.epoch:
             raise EpochMoved(f"the ledger is at {newest}, it was at {self._highest}")
+        known = (await parts.persist("ledger", lambda: parts.ledger.nonces([place]))).get(place)
+        try:
+            found = await parts.stock_side.read_journal(self._partition, buffer.epoch, place.sequence - 1, place.sequence, 1)
+            nonce = decode(*place, found[0][1]).nonce if found else known
+        except UnreadableEntry:
+            nonce = known  # the ledger has passed it
+        except Exception as error:  # noqa: BLE001 - Redis is away: counted, looked at again
+            parts.retried("redis", error, self._trouble.attempts + 1)
+            return
+        if known is not None and nonce != known:
+            raise RecoveryNeeded("fork", f"Redis has {nonce!r} at {place}, the ledger {known!r}")
+        self._look_at = time.monotonic() + LOOK
 
     def _judged(self, state: JournalState, buffer: Buffer) -> RecoveryNeeded | None:
         if state.state == "missing":

@@ -204,13 +204,14 @@ class Worker:
         while not self._stopping.is_set():
             await signed.wait()
             signed.clear()
-            left = given + self._heartbeat - time.monotonic()
+            left = 0.0 if follower.sign_now else given + self._heartbeat - time.monotonic()
             if left > 0:
                 await asyncio.sleep(left)
                 continue
             try:
                 await self._parts.stock_side.heartbeat(partition, self.name)
                 given = time.monotonic()
+                follower.sign_now = False
                 backoff.reset()
             except Exception as error:  # noqa: BLE001 - Redis is away; the sign ends by itself there
                 delay = backoff.delay()

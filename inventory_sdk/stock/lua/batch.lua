@@ -2,7 +2,7 @@
 --
 -- KEYS  1 meta  2 available  3 reserved  4 frozen  5 results:0  6 results:1  7 reservations  8 expiry  9 givers  10 journal
 -- ARGV  1 epoch  2 run_id as known ("" on a server that can't tell)  3 not_after (ms)  4 nonce  5 journal cap (entries, 0: none)
---       6 "1": answer the journal entry's body
+--       6 "1": there is a queue that confirms: answer the journal entry's body, keep `givers`
 --       7 JSON [[kind, key, fingerprint, lines, order, reference, ttl ms, extra, mark, flag], ...]; lines is flat: field, quantity, ...
 --         undo and keep: reference = key of the take, mark = its position; undo: flag = kind of the take, ttl ms = 1: spoken by
 --         the hold's decider
@@ -11,8 +11,10 @@
 --         credit: reference = key of the operation that entered through the ledger
 --         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider,
 --         "s" stand in for a reserve that was lost: take the lines that the call names
+--         what sells: flag may hold "Q": at durability queue, so it rests on what gave its stock back; "W" and "A" are the client's
 --
--- Reply, one string of lines: status, now ms, epoch, sequence, results JSON, body (parsing one string costs a client the least)
+-- Reply, one string of lines: status, now ms, epoch, sequence, results JSON, body (parsing one string costs a client the least),
+-- and only where an operation with "Q" rests on entries that the queue has not confirmed: JSON [field, givers, ...]
 --   status "ok", or nothing was executed: "missing" no meta, "state" not open, "epoch", "run_id", "late" after not_after
 --   results, one per operation:
 --     [0, remaining ...]  done now    [-1, [remaining ...], [field, quantity ...], order]  done now, with what the call did not name
@@ -24,11 +26,12 @@
 --
 -- A result record is: fingerprint RS position RS flags RS remaining,... RS order RS lines (field RS quantity ...; only where the call gave none)
 -- A reservation record (fingerprint "": that of its only line) is: state RS position RS fingerprint RS expires_at (pinned: the pin's ttl ms) RS order {RS field RS original[/confirmed/released/expired]}
+-- givers: field -> sequences of this epoch that gave back stock and are not confirmed, with commas; more than 256: "*" and the last one.
 -- RS is \30. Closed reservations live in the results windows under key .. "\31". States: h held, p pinned, c confirmed, r released, x expired.
 --
 -- Phases: bulk reads, decisions in plain Lua, bulk writes. XADD is the first write: if it fails, nothing has moved.
 
-local RS, SLICE = '\30', 4000
+local RS, SLICE, MOST_GIVERS = '\30', 4000, 256
 local call, find, sub, fmt = redis.call, string.find, string.sub, string.format
 local concat = table.concat
 local HELD, PINNED, CONFIRMED, RELEASED, EXPIRED = 'h', 'p', 'c', 'r', 'x'
@@ -54,6 +57,8 @@ local position = epoch .. '-' .. int(tonumber(seq) + 1)
 local cap = tonumber(ARGV[5])
 local full = cap > 0 and call('XLEN', KEYS[10]) >= cap
 local any_frozen = call('HLEN', KEYS[4]) > 0
+local confirms = ARGV[6] == '1'
+local any_givers = confirms and call('HLEN', KEYS[9]) > 0
 
 local ops = cjson.decode(ARGV[7])
 
@@ -62,7 +67,7 @@ local function entry(journal)
 end
 
 -- A sale of one line that is alone in its batch, new and covered: the same as below without its tables. All else goes through the phases.
-local lone = #ops == 1 and not any_frozen and not full and ops[1]
+local lone = #ops == 1 and not any_frozen and not any_givers and not full and ops[1]
 if lone and lone[1] == 'deduct' and #lone[4] == 2 then
   local key, line = lone[2], lone[4]
   local there = call('HGET', KEYS[2], line[1])
@@ -76,7 +81,7 @@ if lone and lone[1] == 'deduct' and #lone[4] == 2 then
     local text = lone[3] .. RS .. position .. RS .. RS .. left
     if lone[5] ~= '' then text = text .. RS .. lone[5] end
     call('HSET', current, key, text)
-    if ARGV[6] ~= '1' then body = '' end
+    if not confirms then body = '' end
     return 'ok\n' .. int(now) .. '\n' .. epoch .. '\n' .. seq .. '\n[[0,' .. left .. ']]\n' .. body
   end
 end
@@ -159,6 +164,7 @@ for field, value in pairs(raw_reserved) do reserved[field] = tonumber(value) end
 
 -- What the decisions will write ---------------------------------------------------------------------------------------------
 local new_available, new_reserved, new_results, new_holds, new_expiry, new_frozen = {}, {}, {}, {}, {}, {}
+local gave, rests = {}, {}
 local journal, answers = {}, {}
 
 local function closed_record(key)
@@ -286,6 +292,12 @@ local function take(lines, held)
   return remaining
 end
 
+-- What the queue must have besides the operation's own entry: what gave back the stock that it sells.
+local function rest(op, lines)
+  if not find(op[10], 'Q', 1, true) then return end
+  for j = 1, #lines, 2 do rests[lines[j]] = true end
+end
+
 -- Decisions, one function per kind ------------------------------------------------------------------------------------------
 local decide = {}
 
@@ -293,6 +305,11 @@ local function seen(op)
   local record = results[op[2]]
   if not record then return nil end
   if find(record, op[3] .. RS, 1, true) ~= 1 then return {2} end
+  if any_givers then
+    local lines = op[4]
+    if #lines == 0 then lines = {unpack(split(record), 6)} end
+    rest(op, lines)
+  end
   return {1, record}
 end
 
@@ -311,12 +328,14 @@ function decide.deduct(i, op)
       results[key], new_results[key] = text, text
       journal[#journal + 1] = {op[1], key, op[3], lines, {left}, op[5], op[6], 0, op[8]}
       answers[i] = '[0,' .. left .. ']'
+      if any_givers then rest(op, lines) end
       return nil
     end
   end
   answer = uncovered(lines)
   if answer then return answer end
   local remaining = take(lines, false)
+  if any_givers then rest(op, lines) end
   remember(op[2], op[3], remaining, op[5])
   journaled(i, op, lines, remaining, 0)
 end
@@ -329,6 +348,7 @@ function decide.reserve(i, op)
   if answer and answer[1] == 2 then return answer end
   if hold then
     if hold[3] ~= op[3] then return {2} end
+    if any_givers then rest(op, op[4]) end
     -- After the results window a hold answers for itself; what remained then is not known any more.
     return answer or {1, hold[3] .. RS .. hold[2] .. RS .. RS .. RS .. hold[5]}
   end
@@ -345,6 +365,7 @@ function decide.reserve(i, op)
   if answer then return answer end
   local expires_at = op[7] > 0 and now + op[7] or 0
   local remaining = take(lines, true)
+  if any_givers then rest(op, lines) end
   local record = {HELD, position, op[3], int(expires_at), op[5]}
   for j = 1, #lines, 2 do
     record[#record + 1] = lines[j]
@@ -404,6 +425,7 @@ local function close_lines(key, hold, lines, state)
   local remaining = {}
   for j = 1, #lines, 2 do
     local field, q = lines[j], lines[j + 1]
+    if state ~= CONFIRMED then gave[field] = true end
     move(field, state == CONFIRMED and 0 or q, -q)
     remaining[#remaining + 1] = available[field]
   end
@@ -439,6 +461,7 @@ local function reacquire(i, op, closed)
   local answer = uncovered(lines)
   if answer then return answer end
   local remaining = take(lines, false)
+  if any_givers then rest(op, lines) end
   for j = 6, #closed, 2 do
     local original, confirmed, released, expired = amounts(closed[j + 1])
     set_amounts(closed, j + 1, original, confirmed + expired, released, 0)
@@ -491,6 +514,7 @@ local function close(i, op, state)
   answer = not_loaded(lines)
   if answer then return answer end
   local remaining = close_lines(key, hold, lines, state)
+  if any_givers then rest(op, lines) end
   remember(op[2], op[3], remaining, op[5], (#op[4] == 0 or find(flag, 's', 1, true)) and lines or nil)
   journaled(i, op, lines, remaining, 0)
 end
@@ -562,6 +586,7 @@ function decide.undo(i, op)
   local answer = not_loaded(lines)
   if answer then return answer end
   for j = 1, #lines, 2 do
+    gave[lines[j]] = true
     move(lines[j], lines[j + 1], op[10] == 'reserve' and -lines[j + 1] or 0)
     remaining[#remaining + 1] = available[lines[j]]
   end
@@ -613,6 +638,7 @@ function decide.void(i, op)
   if answer then return answer end
   local remaining = {}
   for j = 1, #lines, 3 do
+    if lines[j + 1] > 0 then gave[lines[j]] = true end
     move(lines[j], lines[j + 1], lines[j + 2])
     remaining[#remaining + 1] = available[lines[j]]
     if find(flag, 'f', 1, true) then
@@ -637,6 +663,17 @@ for i = 1, #ops do
   local op = ops[i]
   local answer = decide[op[1]](i, op)
   if answer then answers[i] = cjson.encode(answer) end
+end
+
+local givers = {}
+if next(rests) then
+  local names, found = {}, {}
+  for field in pairs(rests) do names[#names + 1] = field end
+  hmget(KEYS[9], names, found)
+  for field, sequences in pairs(found) do
+    givers[#givers + 1] = field
+    givers[#givers + 1] = sequences
+  end
 end
 
 -- Bulk writes -----------------------------------------------------------------------------------------------------------------
@@ -695,6 +732,25 @@ if #journal > 0 then
     set[#set + 1] = position
   end
   bulk('HSET', KEYS[4], set)
+
+  if confirms and next(gave) then
+    local names, known = {}, {}
+    for field in pairs(gave) do names[#names + 1] = field end
+    if any_givers then hmget(KEYS[9], names, known) end
+    set = {}
+    for n = 1, #names do
+      local before = known[names[n]]
+      local text = seq
+      if before then
+        local _, commas = string.gsub(before, ',', '')
+        local many = sub(before, 1, 1) == '*' or commas >= MOST_GIVERS - 1
+        text = many and '*' .. seq or before .. ',' .. seq
+      end
+      set[#set + 1] = names[n]
+      set[#set + 1] = text
+    end
+    bulk('HSET', KEYS[9], set)
+  end
 end
 
 local scored, gone = {}, {}
@@ -709,5 +765,7 @@ end
 bulk('ZADD', KEYS[8], scored)
 bulk('ZREM', KEYS[8], gone)
 
-if ARGV[6] ~= '1' then body = '' end
-return concat({'ok', int(now), epoch, seq, '[' .. concat(answers, ',') .. ']', body}, '\n')
+if not confirms then body = '' end
+local reply = {'ok', int(now), epoch, seq, '[' .. concat(answers, ',') .. ']', body}
+if #givers > 0 then reply[7] = cjson.encode(givers) end
+return concat(reply, '\n')

@@ -1,0 +1,268 @@
+"""The end state, counted to the unit once everything is quiet: the ledger alone, Redis against it, and every acknowledged call."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from inventory_sdk.ledger.decide import CHANGE, OPERATION
+from tests.model.simulator.auditor import EFFECTS, TAKES, Attempt, Auditor, Place
+from tests.model.simulator.redis import runtime
+
+if TYPE_CHECKING:
+    from tests.model.simulator.world import World
+
+_AT = {name: OPERATION.index(name) for name in OPERATION}
+_CHANGE = {name: CHANGE.index(name) for name in CHANGE}
+COUNTERS = ("available", "reserved", "sold", "supplied", "written_off")
+
+
+def redis_command(world: World, *words: str) -> Any:
+    """Ask the Redis that goes on, past the network."""
+    server = world.redis
+    fine, reply, _, _ = runtime().out[b"command"](
+        server.state, server.now_ms(), 0, server.run_id.encode(), False, *[word.encode() for word in words]
+    )
+    assert fine, reply
+    return runtime().plain(reply)
+
+
+def redis_hash(world: World, partition: int, name: str) -> dict[str, str]:
+    """One of a partition's hashes."""
+    flat = redis_command(world, "HGETALL", f"{{sim:{partition}}}:{name}")
+    return {key.decode(): value.decode() for key, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def unquiet(world: World, partitions: int) -> str:
+    """What still moves, in words; empty when all is quiet."""
+    tables = world.database.tables
+    for partition in range(partitions):
+        rows = {epoch: row for epoch, row in tables.epochs.get(partition, {}).items() if epoch > 0}
+        meta = redis_hash(world, partition, "meta")
+        if not rows or not meta:
+            return f"partition {partition} was never opened"
+        newest = max(rows)
+        state, applied = rows[newest]
+        if state != "open" or meta.get("state") != "open" or meta["epoch"] != str(newest) or meta["run_id"] != world.redis.run_id:
+            return f"partition {partition}: ledger {newest} {state}, Redis {meta}, server {world.redis.run_id}"
+        if int(meta["seq"]) != applied:
+            return f"partition {partition}: {newest}-{meta['seq']} is journaled, {newest}-{applied} applied"
+        for (p, seq), credit in tables.credits.items():
+            if p == partition and credit[3] == "pending":
+                return f"credit {seq} of partition {partition} is pending"
+        for place, void in tables.voids.items():
+            if place[0] == partition and void[5] == "pending":
+                return f"void {place} is pending"
+        now = str(world.redis.now_ms())
+        if due := redis_command(world, "ZRANGEBYSCORE", f"{{sim:{partition}}}:expiry", "1", now):
+            return f"partition {partition}: {due} are due"
+        if world.broker.line(partition).waiting:
+            return f"partition {partition}: {len(world.broker.line(partition).waiting)} messages wait"
+    return ""
+
+
+def audit(world: World, partitions: int) -> None:
+    """All of it; raises ``Violation``."""
+    auditor = world.auditor
+    _ledger(world)
+    _entries(world)
+    for partition in range(partitions):
+        _redis(world, partition)
+    for attempt in auditor.attempts:
+        if attempt.state == "done":
+            _survived(world, attempt)
+        elif attempt.state == "refused":
+            _moved_nothing(world, attempt)
+    auditor.must(not auditor.unacknowledged_loss, f"acknowledged to the broker before the commit: {auditor.unacknowledged_loss}")
+
+
+def _ledger(world: World) -> None:
+    """Promise 6, and that nothing moved which nobody asked for."""
+    auditor, tables = world.auditor, world.database.tables
+    totals: dict[str, list[int]] = {}
+    takes = {
+        (f"{row[_AT['merchant']]}\x1f{row[_AT['operation_id']]}", row[_AT["fingerprint"]]): row[_AT["kind"]]
+        for row in tables.operations.values()
+        if row[_AT["kind"]] in TAKES
+    }
+    for place, row in tables.operations.items():
+        kind, status = row[_AT["kind"]], row[_AT["status"]]
+        flat = json.loads(row[_AT["receipt"]])[0]
+        name = f"{kind} {row[_AT['merchant']]}/{row[_AT['operation_id']]!r} at {place}"
+        if status == "duplicate":
+            auditor.must(auditor.branches, f"{name} was accepted twice, and no Redis was lost")
+        if status == "rejected" and kind not in ("extend", "keep", "pin", "resume"):
+            auditor.must(auditor.branches, f"{name} was rejected by the ledger ({row[_AT['reason']]}), and no Redis was lost")
+        if status not in ("applied", "undone"):
+            continue
+        effect = _effect(row, takes)
+        if effect is None:
+            continue
+        for field, quantity in zip(flat[::2], flat[1::2], strict=True):
+            total = totals.setdefault(field, [0] * 5)
+            for at, per_unit in enumerate(effect):
+                total[at] += per_unit * quantity
+        _asked(auditor, row, flat, name)
+    for field, stock in tables.stock.items():
+        found = list(stock.after()[:5])
+        auditor.must(found == totals.get(field, [0] * 5), f"{field!r}: the ledger says {found}, its operations sum to {totals.get(field)}")
+        auditor.must(min(found) >= 0, f"{field!r}: {dict(zip(COUNTERS, found, strict=True))} is below zero")
+        available, reserved, sold, supplied, written_off = found
+        auditor.must(supplied == available + reserved + sold + written_off, f"{field!r}: supplied {supplied} is not accounted for: {found}")
+    _chains(world)
+    held: dict[str, int] = {}
+    for hold in tables.holds.values():
+        for field, counts in hold.lines.items():
+            auditor.must(counts[0] == counts[1] + counts[2] + counts[3], f"hold {hold.key!r}: {counts}")
+            held[field] = held.get(field, 0) + counts[1]
+    for field, stock in tables.stock.items():
+        auditor.must(stock.reserved == held.get(field, 0), f"{field!r}: {stock.reserved} reserved, holds have {held.get(field, 0)}")
+
+
+def _effect(row: list[Any], takes: dict[tuple[str, str], str]) -> tuple[int, ...] | None:
+    kind = row[_AT["kind"]]
+    if kind == "undo":
+        return tuple(-each for each in EFFECTS[takes[row[_AT["reference"]], row[_AT["fingerprint"]]]])
+    if kind == "adjust" and row[_AT["epoch"]] == 0:
+        return EFFECTS["restock"]
+    return EFFECTS.get(kind)
+
+
+def _asked(auditor: Auditor, row: list[Any], flat: list[Any], name: str) -> None:
+    kind, key = row[_AT["kind"]], f"{row[_AT['merchant']]}\x1f{row[_AT['operation_id']]}"
+    if "\x1f" in row[_AT["operation_id"]] or kind in (
+        "expire",
+        "reacquire",
+        "undo",
+        "tombstone",
+        "keep",
+        "extend",
+        "correct",
+        "credit",
+        "void",
+    ):
+        return
+    for attempt in auditor.attempts:
+        if attempt.kind == kind and attempt.key in (None, key) and attempt.flat in (None, flat) and not attempt.bad:
+            return
+    auditor.fail(f"{name} of {flat} stands in the ledger, and nobody asked for it")
+
+
+def _chains(world: World) -> None:
+    auditor, tables = world.auditor, world.database.tables
+    by_field: dict[str, list[tuple[Any, ...]]] = {}
+    for change in tables.changes:
+        by_field.setdefault(f"{change[0]}\x1f{change[1]}", []).append(change)
+    for field, stock in tables.stock.items():
+        before = (0, 0, 0, 0, 0)
+        for version, change in enumerate(sorted(by_field.get(field, ()), key=lambda row: row[2]), 1):
+            auditor.must(change[2] == version, f"{field!r}: change {version} is missing, {change[2]} is there")
+            begins = tuple(change[_CHANGE[f"{name}_before"]] for name in COUNTERS)
+            moved = tuple(change[_CHANGE[f"{name}_delta"]] for name in COUNTERS)
+            after = tuple(change[_CHANGE[f"{name}_after"]] for name in COUNTERS)
+            auditor.must(begins == before, f"{field!r}: change {version} begins at {begins}, the one before ended at {before}")
+            auditor.must(tuple(a + b for a, b in zip(begins, moved, strict=True)) == after, f"{field!r}: change {version} does not add up")
+            before = after
+        auditor.must(before == tuple(stock.after()[:5]), f"{field!r}: the chain ends at {before}, the row is {stock.after()}")
+
+
+def _entries(world: World) -> None:
+    """Every applied entry has the rows of exactly one entry that some Redis wrote, or is named as lost."""
+    auditor, tables = world.auditor, world.database.tables
+    rows: dict[Place, list[list[Any]]] = {}
+    for place, row in sorted(tables.operations.items()):
+        rows.setdefault(place[:3], []).append(row)
+    for place, (nonce, _) in tables.entries.items():
+        if place[1] == 0:
+            continue
+        if nonce == "":
+            auditor.must(place in auditor.lost, f"{place} was passed over and not named as lost")
+            auditor.must(place not in rows, f"{place} is lost and has rows")
+            continue
+        (entry,) = [each for each in auditor.entries[place] if each.nonce == nonce]
+        asked = [(op[0], op[1]) for op in entry.operations]
+        found = [(row[_AT["kind"]], f"{row[_AT['merchant']]}\x1f{row[_AT['operation_id']]}") for row in rows.get(place, [])]
+        auditor.must(asked == found, f"{place}: journaled {asked}, the ledger has {found}")
+    for partition, epochs in tables.epochs.items():
+        for epoch, (_, applied) in epochs.items():
+            if epoch:
+                there = {sequence for p, e, sequence in tables.entries if (p, e) == (partition, epoch)}
+                auditor.must(there == set(range(1, applied + 1)), f"{partition}/{epoch}: watermark {applied}, entries {sorted(there)}")
+
+
+def _redis(world: World, partition: int) -> None:
+    """Promise 5 at rest: nothing is on its way, so the two are equal."""
+    auditor, tables = world.auditor, world.database.tables
+    available, reserved = redis_hash(world, partition, "available"), redis_hash(world, partition, "reserved")
+    for field, value in available.items():
+        row = tables.stock.get(field)
+        auditor.must(row, f"{field!r} is in Redis and not in the ledger")
+        assert row is not None
+        found = (int(value), int(reserved.get(field, "0")))
+        auditor.must(
+            found == (row.available, row.reserved),
+            f"{field!r}: Redis {found}, ledger {(row.available, row.reserved)} (available, reserved)",
+        )
+    frozen = redis_hash(world, partition, "frozen")
+    if frozen:
+        auditor.must(auditor.branches, f"{sorted(frozen)} are frozen, and no Redis was lost")
+        auditor.tolerated["frozen"] += len(frozen)
+    holds = redis_hash(world, partition, "reservations")
+    live = {hold.key: hold for hold in tables.holds.values() if hold.state == "held" and hold.partition == partition}
+    auditor.must(set(holds) == set(live), f"holds in Redis {sorted(holds)}, in the ledger {sorted(live)}")
+    scores = {key.decode() for key in redis_command(world, "ZRANGEBYSCORE", f"{{sim:{partition}}}:expiry", "1", "1e18")}
+    for key, text in holds.items():
+        parts = text.split("\x1e")
+        lines: dict[str, int] = {}
+        for field, numbers in zip(parts[5::2], parts[6::2], strict=True):
+            original, *rest = (int(number) for number in numbers.split("/"))
+            lines[field] = original - sum(rest)
+        wanted = {field: counts[1] for field, counts in live[key].lines.items()}
+        auditor.must(lines == wanted, f"hold {key!r}: Redis has {lines} open, the ledger {wanted}")
+        timed = bool(live[key].expires_at) or live[key].pinned
+        auditor.must(timed == (key in scores), f"hold {key!r}: {'has' if timed else 'has no'} end in the ledger, Redis says otherwise")
+    auditor.must(scores <= set(holds), f"ends without a hold: {sorted(scores - set(holds))}")
+
+
+def _survived(world: World, attempt: Attempt) -> None:
+    """An acknowledged operation is where its level promised it."""
+    auditor, tables = world.auditor, world.database.tables
+    receipt = attempt.receipt
+    assert receipt is not None
+    key = f"{receipt.merchant}\x1f{receipt.operation_id}"
+    place: Place = tuple(receipt.positions[0])  # type: ignore[assignment]
+    rows = [row for at, row in tables.operations.items() if at[:3] == place and f"{row[4]}\x1f{row[5]}" == key]
+    where = f"{attempt}, acknowledged at {receipt.durability}"
+    forgotten = auditor.is_forgotten(place)
+    if not rows:
+        level = receipt.durability
+        auditor.must(level == "redis" and forgotten, f"{where}, is not in the ledger at {place}")
+        state, applied = tables.epochs[place[0]][place[1]]
+        auditor.must(place in auditor.lost or (state == "closed" and place[2] > applied), f"{where}, is gone and its sequence not named")
+        return
+    (row,) = rows
+    status = row[_AT["status"]]
+    if status == "undone":
+        auditor.must(auditor.undone[key], f"{where}, was undone and nobody asked for that")
+    elif status == "duplicate":
+        hold = tables.holds.get(key)
+        if key not in tables.claims and hold is not None and hold.state == "released" and not hold.lines and place[1] > 1:
+            auditor.tolerated["tombstone forgotten by a rebuild"] += 1
+            return
+        auditor.must(key in tables.claims, f"{where}, was voided as a duplicate of nothing")
+    elif status == "rejected":
+        # What leans on an entry that its Redis lost can't stand either.
+        auditor.must(receipt.durability != "database", f"{where}, was rejected")
+        auditor.must(any(entry.forgotten for entries in auditor.entries.values() for entry in entries), f"{where}, was rejected")
+        auditor.tolerated[f"rejected {receipt.durability}"] += 1
+
+
+def _moved_nothing(world: World, attempt: Attempt) -> None:
+    """A refusal moved nothing: under its id nothing stands, unless another call of that id got through or may have."""
+    auditor, tables = world.auditor, world.database.tables
+    if attempt.key is None or attempt.kind not in (*TAKES, "confirm", "release", "restock", "take_back"):
+        return
+    if any(other.key == attempt.key and other.state != "refused" for other in auditor.attempts):
+        return
+    row = tables.claims.get(attempt.key)
+    auditor.must(row is None, f"{attempt} was refused ({attempt.error!r}), and stands in the ledger at {row and row[:4]}")
