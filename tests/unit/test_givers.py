@@ -108,7 +108,8 @@ async def test_an_undo_and_a_void_give_back_too(shop: Shop, queue: Queue) -> Non
     receipt = await shop.stock.deduct(lines(a=1), operation_id="o1")
     await shop.stock.undo(receipt)
     assert await known(shop) == {"a": "2"}
-    await shop.engine.upkeep.void(0, 1, Void(Position(0, 1, 1), 0, key_of(MERCHANT, "x"), "deduct", "", (key_of(MERCHANT, "b"), 1, 0), False))
+    refused = Void(Position(0, 1, 1), 0, key_of(MERCHANT, "x"), "deduct", "", (key_of(MERCHANT, "b"), 1, 0), False)
+    await shop.engine.upkeep.void(0, 1, refused)
     assert await known(shop) == {"a": "2", "b": "3"}
 
 
