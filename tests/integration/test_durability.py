@@ -326,7 +326,7 @@ async def test_queue_without_a_queue_is_refused_before_anything_moves(tmp_path: 
             assert left(server, namespace) == 1000
 
 
-# aof, on a server that has WAITAOF ------------------------------------------------------------------------------------------
+# On a newer server: it has WAITAOF ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -339,6 +339,13 @@ def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     here = found or servers_kit.program("valkey-server")
     program = servers_kit.program
     monkeypatch.setattr(servers_kit, "program", lambda name: here if name == "redis-server" else program(name))
+
+
+@pytest.mark.usefixtures("newer")
+async def test_a_newer_server_too_is_written_to_before_a_repeat_waits(tmp_path: Path, namespace: str) -> None:
+    # Here a script that wrote nothing leaves WAIT nothing to wait for; Redis 7.0 counts any command of the connection.
+    with redis_with_replica() as pair:
+        await test_a_repeat_of_what_was_only_in_redis_earns_replica(pair, tmp_path, namespace)
 
 
 @pytest.mark.usefixtures("newer")
