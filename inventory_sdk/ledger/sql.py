@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 try:
     from sqlalchemy import func, select
-    from sqlalchemy.exc import DBAPIError, IntegrityError
+    from sqlalchemy.exc import IntegrityError
 except ImportError as error:
     raise ImportError("the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])") from error
 
@@ -35,6 +35,7 @@ from inventory_sdk.ledger.protocol import (
     Entering,
     EpochClosed,
     Leaving,
+    LedgerUnavailable,
     OperationRow,
     PartitionRow,
     Rebuilding,
@@ -54,13 +55,7 @@ if TYPE_CHECKING:
 
 DEADLOCKS: Final = 5
 """Tries of a direct act that the database rolled back."""
-_ROLLED_BACK: Final = ("40P01", "40001", "1213", "1205", "database is locked")
-
-
-def _rolled_back(error: DBAPIError) -> bool:
-    cause: object = error.orig
-    codes = (getattr(cause, "sqlstate", None), *getattr(cause, "args", ()))
-    return any(str(code) in _ROLLED_BACK for code in codes)
+ROLLED_BACK: Final = frozenset({"deadlock", "serialization", "lock_timeout", "locked"})
 
 
 class SqlLedger:
@@ -203,12 +198,10 @@ class SqlLedger:
                     return await direct.act(connection, self._store, partition, act, writes)
             except direct.NotOurs as moved:
                 return moved.answer
-            except DBAPIError as error:
-                if error.connection_invalidated:
-                    raise OutcomeUnknown(split_key(act.key)[1], f"the database went away: {error.orig!r}") from error
+            except LedgerUnavailable as error:
                 # Rolled back by the database, whole: two transactions stood in each other's way.
-                if attempt == DEADLOCKS or not _rolled_back(error):
-                    raise
+                if attempt == DEADLOCKS or error.reason not in ROLLED_BACK:
+                    raise OutcomeUnknown(split_key(act.key)[1], str(error)) from error
         raise AssertionError("unreachable")
 
     async def due_holds(self, partition: int, limit: int, pinned_before_ms: int) -> list[ReservationRow]:

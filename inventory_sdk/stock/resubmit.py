@@ -9,11 +9,13 @@ from typing import Any, Final
 from inventory_sdk.errors import Overloaded
 from inventory_sdk.model import JournalOperation, Kind, fingerprint
 from inventory_sdk.stock.batch import (
+    AWAY,
     CLOSED,
     CONFLICT,
     DONE,
     FROZEN,
     JOURNAL_FULL,
+    NOT_LOADED,
     NOT_OPEN,
     PIN,
     SHORT,
@@ -26,7 +28,15 @@ SETTLED: Final = frozenset({Kind.EXPIRE, Kind.CREDIT, Kind.VOID, Kind.CORRECT, K
 """Kinds that need nothing in another epoch: it expires by itself, its rebuild included what was credited, voided or corrected, and
 a ``keep`` holds no longer than its epoch."""
 _TIMED: Final = (Kind.EXTEND, Kind.RESUME)
-_REFUSED: Final = {SHORT: "insufficient", CONFLICT: "conflict", CLOSED: "closed", NOT_OPEN: "closed"}
+_REFUSED: Final = {
+    SHORT: "insufficient",
+    CONFLICT: "conflict",
+    CLOSED: "closed",
+    NOT_OPEN: "closed",
+    # The database sells it by now: it must not be sold in Redis as well, and nobody may think that it stands.
+    AWAY: "withdrawn",
+    NOT_LOADED: "withdrawn",
+}
 _PASSING: Final = {FROZEN: "frozen", PIN: "pinned", JOURNAL_FULL: "behind a full journal"}
 
 

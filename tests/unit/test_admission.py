@@ -12,8 +12,10 @@ import pytest
 
 from inventory_sdk import Inventory, Line, errors
 from inventory_sdk.ledger import direct
-from inventory_sdk.model import key_of
+from inventory_sdk.model import Position, key_of
 from inventory_sdk.stock import handover
+from inventory_sdk.stock.batch import AWAY, NOT_LOADED, Answered
+from inventory_sdk.stock.resubmit import late_verdict
 
 M = "m1"
 A = key_of(M, "a")
@@ -286,6 +288,33 @@ async def test_a_withdrawal_that_another_process_took_back_does_not_flip(shop: T
     await shop.counted(available=7, sold=3)
 
 
+async def test_the_ledger_does_not_flip_before_it_has_applied_what_redis_sold(shop: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    await shop.one.stock.adopt(M)
+    gate, real = asyncio.Event(), shop.one.ledger.apply
+
+    async def apply(*args: Any) -> Any:
+        await gate.wait()
+        return await real(*args)
+
+    monkeypatch.setattr(shop.one.ledger, "apply", apply)
+    monkeypatch.setattr(handover, "ROUNDS", 3)
+    await shop.two.stock.deduct([Line("a", 8)], operation_id="d1", durability="redis")
+    engine = shop.one._engine()
+
+    async def at_once(_: Any) -> None:
+        """Nobody has waited for the watermark: the ledger's own look at it must do."""
+
+    try:
+        with pytest.raises(errors.StockFrozen):
+            await handover.withdraw(engine, engine.partitions[0], M, at_once)
+    finally:
+        gate.set()
+    await shop.one.stock.withdraw(M)
+    with pytest.raises(errors.InsufficientStock):
+        await shop.one.stock.deduct([Line("a", 3)], operation_id="too-many")
+    await shop.counted(available=2, sold=8)
+
+
 async def test_what_is_born_while_the_merchant_leaves_leaves_too(shop: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     await shop.one.stock.adopt(M)
     real, born = shop.one.ledger.leave, []
@@ -368,3 +397,8 @@ def test_the_fence_names_who_sells_and_how_much_there_is() -> None:
     row.available -= 2
     text = str(direct.fence(tables().stock, row).compile(compile_kwargs={"literal_binds": True}))
     assert text == "inventory_stock.admission = 'database' AND inventory_stock.available >= 2"
+
+
+@pytest.mark.parametrize("code", [AWAY, NOT_LOADED])
+def test_a_late_operation_on_stock_that_left_is_rejected_and_never_taken_for_done(code: int) -> None:
+    assert late_verdict(([code, A], Answered(Position(0, 1, 1), None))) == "withdrawn"
