@@ -23,6 +23,7 @@ from inventory_sdk.inventory import Inventory
 from inventory_sdk.metrics.events import Event, Retried
 from inventory_sdk.model import Line
 from inventory_sdk.stock import batch as batch_module
+from inventory_sdk.sync import recovery as recovery_module
 from inventory_sdk.sync import watermark as watermark_module
 from tests.model.simulator import final
 from tests.model.simulator.auditor import Attempt, Violation
@@ -379,10 +380,12 @@ class Run:
             self.begin_caller()
         for _ in range(plan.workers):
             self.begin_worker()
-        world.later(4.0, world.rates.clear)  # a storm at the start passes
+        if plan.faulty_start:
+            world.later(4.0, world.rates.clear)  # the storm passes
         await self._until(lambda: bool(self.callers), "no caller ever started")
         await self._supply()
-        await asyncio.sleep(max(0.0, BEGIN + 4.0 - world.loop.time()))
+        if plan.faulty_start:
+            await asyncio.sleep(max(0.0, BEGIN + 4.0 - world.loop.time()))
         world.rates.update(plan.rates)
         begun = world.loop.time()
         moments: list[tuple[float, Any]] = [(at, kind) for at, kind in plan.events]
@@ -532,6 +535,7 @@ def _same_every_time() -> Iterator[None]:
         mock.patch.object(batch_module, "_PROCESS", "sim"),
         mock.patch.object(batch_module, "_NUMBERS", count()),
         mock.patch.object(running_module, "Watermark", partial(watermark_module.Watermark, longest=0.3)),
+        mock.patch.object(running_module, "open_first", partial(recovery_module.open_first, timeout=5.0, poll=0.3)),
         mock.patch.object(running_module, "from_url", lambda queue, *_, **__: queue),
         mock.patch.object(watermark_module._Waiter, "__hash__", lambda waiter: hash(waiter.position), create=True),
         warnings.catch_warnings(),
