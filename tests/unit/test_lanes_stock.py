@@ -100,7 +100,7 @@ async def test_a_function_that_is_ended_by_its_deadline_gives_its_stock_back(sho
         await asyncio.sleep(60)
 
     with pytest.raises(DeadlineExceeded):
-        async with shop.lanes.deadline(0.01):
+        async with shop.lanes.deadline(0.05):
             await slow("o1", {"a": 4})
     await shop.drained()
     assert shop.stock.available["a"] == 10
