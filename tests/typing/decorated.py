@@ -7,6 +7,7 @@ from typing import Any, assert_type
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from inventory_sdk import Inventory
 from inventory_sdk.errors import InsufficientStock
 from inventory_sdk.model import Movement, OpeningBalance, Receipt
 from inventory_sdk.stock.decorators import StockDecorators
@@ -120,3 +121,28 @@ def refused(inventory: StockDecorators) -> None:
     def write(moves: Sequence[Movement], session: AsyncSession) -> None: ...
 
     _ = (sync, returns_something, write)
+
+
+async def in_lanes(inventory: Inventory) -> None:
+    @inventory.lane("core")
+    @inventory.reserves(run="now", operation_id="order", lines="items", sku="id", quantity=1)
+    async def place(order: str, items: list[Item], receipt: Receipt = injected()) -> int:
+        return 1
+
+    class Service:
+        @inventory.lane("batch", lines="items")
+        async def load(self, items: list[Item]) -> bytes:
+            return b""
+
+        @inventory.lane("core")
+        @classmethod
+        async def make(cls, name: str) -> float:
+            return 1.0
+
+    assert_type(await place("o", []), int)
+    assert_type(await Service().load([]), bytes)
+    await place(1, [])  # type: ignore[arg-type]
+
+    @inventory.lane("core")  # type: ignore[type-var]
+    def sync() -> int:
+        return 1

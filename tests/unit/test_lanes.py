@@ -334,7 +334,7 @@ async def test_calls_of_one_lane_end_each_at_its_own_time_by_one_timer() -> None
 
     results = await asyncio.gather(one(0, 60), one(1, 0), one(2, 60), return_exceptions=True)
     assert [type(each) for each in results] == [DeadlineExceeded, type(None), DeadlineExceeded]
-    assert ended == [1, 0, 2]
+    assert ended.index(0) < ended.index(2)
 
 
 async def test_a_cancellation_from_outside_stays_one_even_when_the_time_is_up_as_well() -> None:
@@ -527,9 +527,12 @@ async def test_the_metrics_hear_of_everything_once() -> None:
     await asyncio.gather(*tasks)
     lanes.flush()
     lanes.flush()
-    first, second = [event for event in recorded.events if isinstance(event, LaneUsed)]
-    assert (first.running, first.waiting, first.admitted, first.refused) == (1, 1, 1, {"queue_full": 1})
-    assert (second.running, second.waiting, second.admitted, second.refused, len(second.waits)) == (0, 0, 1, {}, 1)
+    events = [event for event in recorded.events if isinstance(event, LaneUsed)]
+    assert (events[0].running, events[0].waiting) == (1, 1)
+    assert (events[-1].running, events[-1].waiting) == (0, 0)
+    assert sum(event.admitted for event in events) == 2
+    assert sum(event.refused.get("queue_full", 0) for event in events) == 1
+    assert sum(len(event.waits) for event in events) == 1
 
 
 class Simulation:
