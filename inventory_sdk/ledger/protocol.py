@@ -309,7 +309,7 @@ class Rebuilding(Protocol):
         ...
 
     def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
-        """Applied operations with a claim, at or after ``since_ms``, newest first."""
+        """Applied operations with a claim, and tombstones, at or after ``since_ms``, newest first."""
         ...
 
     async def open(self) -> None:

@@ -15,12 +15,13 @@ from inventory_sdk.ledger import rows
 from inventory_sdk.ledger.decide import APPLIED, HELD, Hold
 from inventory_sdk.ledger.protocol import Balance, EpochClosed, OperationRow, PartitionRow, ReservationRow
 from inventory_sdk.ledger.store import ARRIVING, CLOSED, DATABASE, DRAINING, LEDGER, OPEN, PENDING, REBUILDING, REDIS, Store
-from inventory_sdk.model import key_of
+from inventory_sdk.model import Kind, key_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 
+KIND: Final = rows.OPERATION_COLUMNS.index("kind")
 FORGOTTEN: Final = 16
 """Epochs that a ledger which went back takes up again, the newest of them: a backup is not older than that many recoveries."""
 
@@ -173,7 +174,7 @@ class Reading:
         await self._connection.execute(update(table).where(*running).values(expires_at=table.c.expires_at + milliseconds))
 
     async def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
-        """Applied operations with a claim, newest first. What SQL-first operations remember is their process' clock."""
+        """Applied operations with a claim, and tombstones, newest first. What SQL-first operations remember is their process' clock."""
         before: tuple[int, int, int] | None = None
         while True:
             found, before = await results_page(self._connection, self._store, self._partition, since_ms, before, size)
@@ -204,8 +205,8 @@ def _ledgers(hold: Hold, places: dict[str, str]) -> bool:
 async def results_page(
     connection: AsyncConnection, store: Store, partition: int, since_ms: int, before: tuple[int, int, int] | None, size: int
 ) -> tuple[list[OperationRow], tuple[int, int, int] | None]:
-    """Applied operations with a claim, newest first, of the entries before (at_ms, epoch, seq): of as many entries as have
-    ``size`` operations, at least one. And where the next page begins, None at the end."""
+    """Applied operations with a claim, and tombstones, newest first, of the entries before (at_ms, epoch, seq): of as many entries
+    as have ``size`` operations, at least one. And where the next page begins, None at the end."""
     entry, operation = store.tables.entry, store.tables.operation
     order = (entry.c.at_ms, entry.c.epoch, entry.c.seq)
     query = select(*order, entry.c.operations).where(entry.c.partition == partition, entry.c.at_ms >= since_ms)
@@ -223,7 +224,7 @@ async def results_page(
     keys = {(partition, epoch, seq) for _, epoch, seq in chosen}
     columns = (*rows.OPERATION_COLUMNS, "claim")
     read = await store.bulk.select(connection, operation, columns, ("partition", "epoch", "seq"), keys)
-    found = [rows.operation_row(row) for row in read if row[-1] is not None]
+    found = [rows.operation_row(row) for row in read if row[-1] is not None or row[KIND] == Kind.TOMBSTONE.value]
     found = [row for row in found if row.status == APPLIED]
     found.sort(key=lambda row: (row.at_ms, row.position, row.index), reverse=True)
     ended = len(entries) < size and len(chosen) == len(entries)

@@ -471,7 +471,7 @@ def _given_back(batch: list[_Waiting], answers: list[list[Any]]) -> set[str]:
         if kind == "void":
             fields.update(item.operation[3][::3])
         else:
-            fields.update((answer[2] if answer[0] == DONE_LINES else item.operation[3])[::2])
+            fields.update(((answer[2] or ()) if answer[0] == DONE_LINES else item.operation[3])[::2])  # Lua's empty list is {}
     return fields
 
 

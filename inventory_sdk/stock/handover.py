@@ -18,7 +18,7 @@ from inventory_sdk.errors import DurabilityNotReached, InvalidOperation, Invento
 from inventory_sdk.ledger.protocol import AdmissionRow, Arrivals, EpochClosed, ReservationRow
 from inventory_sdk.model import Position
 from inventory_sdk.stock.partition import Partition
-from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_reservation, write_result
+from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, tombstone, write_reservation, write_result
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 if TYPE_CHECKING:
@@ -127,12 +127,8 @@ async def _results(engine: Engine, partition: Partition, epoch: str, reading: Ar
         await _chunks(partition, epoch, "forget", flat, 2, guard, merchant)
     async for page in reading.results(CHUNK, since):
         await _chunks(partition, epoch, "results", [part for row in page for part in (row.key, write_result(row))], 2, guard, merchant)
-    closed = [part for key in await reading.tombstones(since) for part in (f"{key}\x1f", _tombstone())]
+    closed = [part for key in await reading.tombstones(since) for part in (f"{key}\x1f", tombstone("0-0"))]
     await _chunks(partition, epoch, "results", closed, 2, guard, merchant)
-
-
-def _tombstone() -> str:
-    return RS.join(("r", "0-0", "", "0", ""))
 
 
 # To the database -------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,18 @@ def write_result(row: OperationRow) -> str:
     return text + RS + row.order if row.order else text
 
 
+def write_memory(row: OperationRow) -> tuple[str, str]:
+    """Under which key an applied operation is remembered, and how. A tombstone is remembered as the closed reservation that it is."""
+    if row.kind == Kind.TOMBSTONE:
+        return f"{row.reference}\x1f", tombstone(f"{row.position.epoch}-{row.position.sequence}")
+    return row.key, write_result(row)
+
+
+def tombstone(position: str) -> str:
+    """The record of a reservation that was closed before anything was held under it."""
+    return RS.join(("r", position, "", "0", ""))
+
+
 def _all_lines(row: OperationRow) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Lines at home and elsewhere, marked, and what remained of them, sorted by field as the call had them."""
     rows = [(field, field, *rest) for field, *rest in zip(row.lines[::2], row.lines[1::2], row.remaining, strict=True)]

@@ -17,7 +17,7 @@ from inventory_sdk.model import JournalOperation, fingerprint, key_of, split_key
 from inventory_sdk.stock.batch import AWAY, CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
 from inventory_sdk.stock.givers import sweep
 from inventory_sdk.stock.partition import Partition
-from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_reservation, write_result
+from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_memory, write_reservation
 from inventory_sdk.stock.resubmit import SETTLED, late_verdict, resubmission
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
@@ -264,7 +264,7 @@ class Upkeep:
             await chunks.write("balances", [x for row in balances for x in (row.field, row.available, row.reserved)])
         recent = (await view.hello()).now_ms - min(RECENT_MS, int(self._window_ms))
         async for results in rebuilding.results(CHUNK, recent):
-            await chunks.write("results", [x for row in results for x in (row.key, write_result(row))])
+            await chunks.write("results", [x for row in results for x in write_memory(row)])
         hello = await view.hello()
         await rebuilding.extend(max(down_ms, hello.now_ms - hello.frozen_at))
         async for reservations in rebuilding.reservations(CHUNK):
@@ -289,7 +289,7 @@ class Upkeep:
         found, before = await ledger.results(partition, since, (at_ms, of_epoch, sequence), CHUNK)
         values = [hello.older, ",".join(map(str, before)) if before is not None else ""]
         for row in found:
-            values += (row.key, write_result(row))
+            values += write_memory(row)
         arguments = [str(epoch), "0", "older", json.dumps(values)]
         return bool(await view.wire.run("rebuild", view.keys[:9], arguments)) and before is not None
 
