@@ -2,6 +2,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
+WORKERS ?= 3
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -18,8 +19,8 @@ help: ## list what there is
 demo: $(VENV)/.demo ## a flash sale without any server, and the proof that Redis and database agree
 	@$(BIN)/inventory-sdk demo $(DEMO_ARGS)
 
-test: $(VENV)/.test ## the tests; those whose server isn't there are skipped by name (PYTEST_ARGS=…)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.test ## the tests; those whose server isn't there are skipped by name (PYTEST_ARGS=…, WORKERS=3)
+	@$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: lint types floors docs wheel ## everything CI checks besides the tests
 

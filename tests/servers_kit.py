@@ -5,6 +5,7 @@ fails it under INVENTORY_TEST_SERVICES=required."""
 from __future__ import annotations
 
 import os
+import random
 import pwd
 import shutil
 import signal
@@ -41,13 +42,17 @@ BUS: Final = 10_000
 """So far above its port a cluster's node listens for the others."""
 
 
+_DICE: Final = random.SystemRandom()
+"""Several processes look for ports at once: each begins elsewhere."""
+
+
 def free_ports(count: int, cluster: bool = False) -> list[int]:
     """Ports that nobody listens on, all different; for nodes of a cluster, their second ports are free as well, and below those
     that the system hands out to clients."""
     first, last = (12_000, 22_000) if cluster else (20_000, 65_535)
     found: list[int] = []
     with ExitStack() as stack:
-        for port in range(first + os.getpid() * 6 % (last - first - 1_000), last):
+        for port in range(first + _DICE.randrange(last - first - 1_000), last):
             try:
                 for each in (port, port + BUS) if cluster else (port,):
                     stack.enter_context(socket.socket()).bind(("127.0.0.1", each))
