@@ -5,8 +5,8 @@ fails it under INVENTORY_TEST_SERVICES=required."""
 from __future__ import annotations
 
 import os
-import random
 import pwd
+import random
 import shutil
 import signal
 import socket
