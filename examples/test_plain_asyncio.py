@@ -6,6 +6,7 @@ import pytest
 from plain_asyncio import book, inventory, pay
 
 from inventory_sdk import ReservationNotFound
+from inventory_sdk.testing import faults
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,13 @@ async def test_what_is_sold_out_is_refused_in_the_words_of_the_shop() -> None:
 async def test_only_what_was_booked_is_paid() -> None:
     with pytest.raises(ReservationNotFound):
         await pay("o1")
+
+
+async def test_a_lost_reply_books_once() -> None:
+    with faults.reply_lost(inventory) as fault:
+        await book("o1", "concert", 2)
+    assert fault.met == 1
+    assert (await inventory.stock.level("concert")).available == 1
 
 
 async def test_the_ledger_has_every_unit() -> None:

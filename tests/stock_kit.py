@@ -26,6 +26,8 @@ from inventory_sdk.errors import OperationConflict
 from inventory_sdk.ledger.protocol import (
     Balance,
     Credit,
+    DirectAct,
+    DirectAnswer,
     Entered,
     Entering,
     EpochClosed,
@@ -153,6 +155,10 @@ class FakeLedger:
         entered = Entered(position, tuple(remaining), credit, False)
         self.entered[operation.key] = (operation.fingerprint, entered)
         return entered
+
+    async def act(self, partition: int, act: DirectAct, writes: Sequence[WritesStock] = ()) -> DirectAnswer:
+        """All stock of this ledger is sold in Redis."""
+        return DirectAnswer("elsewhere")
 
     async def operation(self, key: str) -> OperationRow | None:
         return self.operations.get(key)

@@ -137,7 +137,7 @@ def test_woven_code_takes_stock_without_being_edited() -> None:
 
 
 def test_plain_asyncio_is_tested_with_everything_replaced() -> None:
-    assert "4 passed" in run(EXAMPLES, "-m", "pytest", "-p", "no:cacheprovider", "test_plain_asyncio.py")
+    assert "5 passed" in run(EXAMPLES, "-m", "pytest", "-p", "no:cacheprovider", "test_plain_asyncio.py")
 
 
 @pytest.mark.parametrize("page", ["fastapi.md", "testing.md"])

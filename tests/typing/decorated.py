@@ -141,8 +141,8 @@ async def in_lanes(inventory: Inventory) -> None:
 
     assert_type(await place("o", []), int)
     assert_type(await Service().load([]), bytes)
-    await place(1, [])  # type: ignore[arg-type]
+    await place(1, [])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
-    @inventory.lane("core")  # type: ignore[type-var]
+    @inventory.lane("core")  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
     def sync() -> int:
         return 1

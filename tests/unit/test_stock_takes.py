@@ -12,7 +12,7 @@ import pytest
 
 from inventory_sdk import errors
 from inventory_sdk.model import Line, Receipt, ReceiptLine, Shortage, partition_of
-from tests.stock_kit import AND_CLUSTER, MERCHANT, Shop, lines, on_client, shop_on
+from tests.stock_kit import AND_CLUSTER, MERCHANT, Shop, lines, on_client, shop_on, until
 
 
 @pytest.fixture(params=AND_CLUSTER)
@@ -88,7 +88,7 @@ async def test_a_call_takes_in_one_partition_what_stands_in_one(namespace: str, 
         receipt = await take(shop, how, [Line("a", 1), Line("a", 1, here)])
         assert {line.merchant for line in receipt.lines} == {MERCHANT, here}
         assert len(receipt.positions) == 1
-        assert len(shop.metrics.batches()) == 2  # the first found its stock not loaded
+        await until(lambda: len(shop.metrics.batches()) == 2)  # the first found its stock not loaded
 
 
 async def test_merchants_of_another_partition_take_there(namespace: str) -> None:
