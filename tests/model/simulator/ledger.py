@@ -35,6 +35,8 @@ from inventory_sdk.ledger.protocol import (
     Applied,
     Balance,
     Credit,
+    DirectAct,
+    DirectAnswer,
     Entered,
     Entering,
     EpochClosed,
@@ -244,16 +246,19 @@ class SimLedger:
         rows = self._tables.epochs.get(partition, {})
         return [PartitionRow(partition, epoch, *rows[epoch]) for epoch in sorted(rows) if epoch > 0 and rows[epoch][0] != "closed"]
 
-    async def raise_epoch(self, partition: int, above: int) -> PartitionRow | None:
+    async def raise_epoch(self, partition: int, above: int, unless_open: bool = False) -> PartitionRow | None:
         async with self._transaction(partition):
             rows = self._tables.epochs.setdefault(partition, {})
             rows.setdefault(0, ["ledger", 0])
             newest = self._newest(partition)
-            if newest is not None and newest.epoch > above:
+            if newest is not None and (newest.epoch > above or (unless_open and newest.state == "open")):
                 return None
             await self._commit()
             if newest is not None:
-                rows[newest.epoch][0] = "draining"
+                # One that was never opened has accepted nothing.
+                rows[newest.epoch][0] = "closed" if newest.state == "rebuilding" else "draining"
+                for forgotten in range(newest.epoch + 1, above + 1):
+                    rows[forgotten] = ["draining", 0]
             rows[above + 1] = ["rebuilding", 0]
             self._database.log.append(("raise_epoch", (partition, above), None))
         await self._committed()
@@ -543,6 +548,74 @@ class SimLedger:
     async def due_tasks(self, limit: int) -> list[Any]:
         return []
 
+    async def act(self, partition: int, act: DirectAct, writes: Sequence[Any] = ()) -> DirectAnswer:
+        await self._query()
+        return DirectAnswer("elsewhere")
+
+    async def places(self, fields: Sequence[str], merchant: str | None = None) -> dict[str, str]:
+        await self._query()
+        there = {name: "redis" for name in fields if name in self._tables.stock}
+        return {**there, "": "redis"} if merchant is not None else there
+
+    async def due_holds(self, partition: int, limit: int, pinned_before_ms: int) -> list[ReservationRow]:
+        return []
+
+    async def nonces(self, positions: Sequence[Position]) -> dict[Position, str]:
+        await self._query()
+        entries = self._tables.entries
+        return {each: entries[tuple(each)][0] for each in positions if tuple(each) in entries}
+
+    def _remembered(self, partition: int, since_ms: int) -> list[tuple[tuple[int, ...], OperationRow]]:
+        """Applied operations with a claim, and tombstones, newest first."""
+        tables = self._tables
+        found = []
+        for row in tables.operations.values():
+            known = _operation_row(row)
+            where = (known.position.partition, known.position.epoch, known.position.sequence)
+            at_ms = tables.entries[where][1]
+            claimed = row[_AT["claim"]] is not None or known.kind == "tombstone"
+            if where[0] == partition and at_ms >= since_ms and known.status == "applied" and claimed:
+                found.append(((at_ms, *where[1:], known.index), known))
+        found.sort(key=lambda each: each[0], reverse=True)
+        return found
+
+    async def results(
+        self, partition: int, since_ms: int, before: tuple[int, int, int] | None, size: int
+    ) -> tuple[list[OperationRow], tuple[int, int, int] | None]:
+        await self._query()
+        found = [each for each in self._remembered(partition, since_ms) if before is None or each[0][:3] < before]
+        if len(found) <= size:
+            return [row for _, row in found], None
+        last = found[size - 1][0][:3]
+        page = [each for each in found if each[0][:3] >= last]
+        return [row for _, row in page], last if len(page) < len(found) else None
+
+    async def reject(self, entry: JournalEntry, refused: Sequence[tuple[int, str]]) -> None:
+        async with self._transaction(entry.partition):
+            zero = self._tables.epochs[entry.partition][0]
+            await self._commit()
+            zero[1] += 1
+            where = (entry.partition, 0, zero[1])
+            self._tables.entries[where] = (entry.nonce, entry.at_ms)
+            rows = []
+            for index, reason in refused:
+                operation = entry.operations[index]
+                row: list[Any] = [None] * len(_AT)
+                merchant, operation_id = split_key(operation.key)
+                values = {
+                    "partition": where[0], "epoch": 0, "seq": where[2], "index": index, "merchant": merchant,
+                    "operation_id": operation_id, "claim": None, "kind": operation.kind, "order_id": operation.order or None,
+                    "reference": operation.reference or None, "fingerprint": operation.fingerprint,
+                    "receipt": json.dumps([list(operation.lines), list(operation.remaining)]), "status": "rejected",
+                    "kept": False, "at_ms": entry.at_ms, "reason": reason,
+                }  # fmt: skip
+                for name, value in values.items():
+                    row[_AT[name]] = value
+                rows.append(row)
+            self._insert(rows)
+            self._database.log.append(("reject", (entry, tuple(refused)), None))
+        await self._committed()
+
 
 class SimRebuilding:
     """A reading under the partition's lock; what it changes is written by ``open`` or not at all."""
@@ -552,6 +625,7 @@ class SimRebuilding:
         self._claimant = claimant
         self._partition = partition
         self._epoch = epoch
+        self._extended = 0
 
     async def balances(self, size: int) -> AsyncIterator[Sequence[Balance]]:
         tables = self._ledger._tables
@@ -565,28 +639,31 @@ class SimRebuilding:
 
     async def reservations(self, size: int) -> AsyncIterator[Sequence[ReservationRow]]:
         holds = sorted(self._ledger._tables.holds.items())
-        found = [reservation_row(_as_stored(hold)) for _, hold in holds if hold.state == HELD and hold.partition == self._partition]
+        found = []
+        for hold in [hold for _, hold in holds if hold.state == HELD and hold.partition == self._partition]:
+            stored = _as_stored(hold)
+            if stored.expires_at and not stored.pinned:
+                stored.expires_at += self._extended
+            found.append(reservation_row(stored))
         for start in range(0, len(found), size):
             await self._ledger._query()
             yield found[start : start + size]
 
     async def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
-        tables = self._ledger._tables
-        found = []
-        for row in tables.claims.values():
-            known = _operation_row(row)
-            where = (known.position.partition, known.position.epoch, known.position.sequence)
-            at_ms = tables.entries[where][1]
-            if where[0] == self._partition and at_ms >= since_ms and known.status == "applied":
-                found.append(((at_ms, *where[1:], known.index), known))
-        found.sort(key=lambda each: each[0], reverse=True)
+        found = self._ledger._remembered(self._partition, since_ms)
         rows = [known for _, known in found]
         for start in range(0, len(rows), size):
             await self._ledger._query()
             yield rows[start : start + size]
 
+    async def extend(self, milliseconds: int) -> None:
+        self._extended = milliseconds
+
     async def open(self) -> None:
         await self._ledger._commit()
+        for hold in self._ledger._tables.holds.values():
+            if hold.state == HELD and hold.partition == self._partition and hold.expires_at and not hold.pinned:
+                hold.expires_at += self._extended
         tables = self._ledger._tables
         rows = tables.epochs[self._partition]
         if rows[self._epoch][0] != "rebuilding":

@@ -143,7 +143,7 @@ class SimServers:
     def make_client(self) -> SimClient:
         return SimClient(self.process)
 
-    def make_ledger(self, prefix: str) -> SimLedger:
+    def make_ledger(self, prefix: str, admission: str) -> SimLedger:
         return SimLedger(self.process, self.process.world.database)
 
 
