@@ -120,7 +120,8 @@ async def main() -> None:
         waiting = asyncio.create_task(told_to_stop())
         waiting.add_done_callback(lambda _: stop.set())
         if what == "work":
-            async with inventory.worker(housekeeping=0.1, idle=0.01):
+            async with inventory.worker(housekeeping=0.1, idle=0.01) as worker:
+                await worker.ready()  # it has given a sign: who withdraws must see one
                 say(act="ready")
                 await stop.wait()
         elif what == "sell":
