@@ -70,7 +70,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Adding what the tests need …"
-	@$(PIP) --editable ".[embedded,cli,postgresql,mysql]" --group test
+	@$(PIP) --editable ".[embedded,cli,postgresql,mysql,otel,admin,elasticsearch]" --group test
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.test

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 from weakref import WeakKeyDictionary
 
+from inventory_sdk.beside import Beside
 from inventory_sdk.errors import InvalidOperation, InventoryError, NotStarted
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Fanout, Metrics
@@ -105,6 +106,7 @@ class Inventory(StockDecorators):
         self._merchant = merchant
         self._durability: str | None = durability
         self._ledger_part = self._servers.make_ledger(table_prefix, admission)
+        self._beside: list[Beside] = []
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -144,7 +146,9 @@ class Inventory(StockDecorators):
         loop = asyncio.get_running_loop()
         async with self._changing.setdefault(loop, asyncio.Lock()):
             if loop not in self._here:
-                running = Running(self._servers, self._ledger_part, self._settings, self._metrics, self._hooks, self._registry)
+                running = Running(
+                    self._servers, self._ledger_part, self._settings, self._metrics, self._hooks, self._registry, self._beside
+                )
                 try:
                     await running.start()
                     if self._durability is not None and running.open:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from inventory_sdk.beside import Beside, Ground
 from inventory_sdk.errors import (
     DurabilityNotReached,
     InsufficientStock,
@@ -44,8 +45,19 @@ LEDGER_TIMEOUT: Final = 30.0
 class Running:
     """One event loop's half of an Inventory. ``open`` is False while the ledger has no schema."""
 
-    def __init__(self, servers: Servers, ledger: Ledger, settings: StockSettings, metrics: Metrics, hooks: Hooks, later: Registry) -> None:
+    def __init__(
+        self,
+        servers: Servers,
+        ledger: Ledger,
+        settings: StockSettings,
+        metrics: Metrics,
+        hooks: Hooks,
+        later: Registry,
+        beside: Sequence[Beside] = (),
+    ) -> None:
         self._servers = servers
+        self._beside = tuple(beside)
+        self._begun: list[Beside] = []
         self._hooks = hooks
         self._later = later
         self._metrics = metrics
@@ -75,6 +87,18 @@ class Running:
         self.watermark = Watermark(ledger, self.engine.upkeep.worker_seen)
         self._verdicts: dict[Position, asyncio.Task[list[OperationRow]]] = {}
         self._worker: Worker | None = None
+        self.ground = Ground(
+            namespace=settings.namespace,
+            client=self.client,
+            ledger=ledger,
+            engine=self.engine,
+            queue=self.queue,
+            watermark=self.watermark,
+            metrics=metrics,
+            tell=self._tell,
+            failed=self._failed,
+            embedded=servers.embedded,
+        )
 
     @property
     def default_durability(self) -> str:
@@ -87,6 +111,9 @@ class Running:
         await self.queue.start()
         if self._servers.embedded:
             await self.ledger.create_schema()
+        for each in self._beside:
+            self._begun.append(each)
+            await each.start(self.ground)
         if await self.ledger.check_schema():
             log.warning("the ledger has no (complete) schema yet: await inventory.create_schema(), or inventory-sdk schema")
             return
@@ -142,6 +169,7 @@ class Running:
             on_event=self._tell,
             on_failure=self._failed,
             tasks=self._later if len(self._later) else None,
+            jobs=[job for each in self._beside for job in each.jobs(self.ground)],
             **options,
         )
 
@@ -151,6 +179,7 @@ class Running:
         steps = [self.engine.drain, self._publisher.close, self.watermark.close]
         if self._worker is not None:
             steps.append(self._worker.stop)
+        steps += [each.close for each in reversed(self._begun)]
         for step in (*steps, self.engine.close, self.queue.close, self.ledger.close, self._close_client):
             try:
                 await step()

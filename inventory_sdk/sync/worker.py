@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics import Metrics, NoMetrics
@@ -37,13 +37,24 @@ def _nobody(_: Any) -> None:
     """Nobody wants to know."""
 
 
+class Job(Protocol):
+    """Work beside the journal; ``run`` returns soon after its event is set."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def run(self) -> Callable[[asyncio.Event], Coroutine[Any, Any, None]]: ...
+
+
 class Worker:
     """Runs in one event loop, several partitions at once; other workers may run on the same partitions. Times are in seconds.
 
     ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``,
     ``recovered``, ``lost``, ``fork``, ``late_entry``, ``unreadable`` and ``writes_stock_failed``. ``publish_timeout``
     is what callers give a message: a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at
-    once. A task of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
+    once. ``jobs`` run beside the rest and end when their event is set. A task of its own that dies is logged, counted
+    (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
 
     def __init__(
         self,
@@ -74,6 +85,7 @@ class Worker:
         first_delay: float = 0.05,
         longest_delay: float = 5.0,
         publish_timeout: float = PUBLISH_TIMEOUT,
+        jobs: Sequence[Job] = (),
     ) -> None:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self.failure: BaseException | None = None
@@ -115,6 +127,7 @@ class Worker:
             if tasks is not None
             else None
         )
+        self._jobs = tuple(jobs)
         self._following = Following(parts)
         self._wakes.append(self._following.due)
         self._rooms: list[tuple[int, Follower, Corrections, Housekeeping, asyncio.Event]] = []
@@ -152,6 +165,8 @@ class Worker:
         self._spawn("following", self._following.run())
         if self._runner is not None:
             self._spawn("tasks", self._runner.run())
+        for job in self._jobs:
+            self._spawn(job.name, job.run(self._stopping))
 
     async def stop(self, timeout: float = DRAIN) -> None:
         """Finish what is received, for at most ``timeout`` seconds, then cancel. What is unfinished comes again to the next

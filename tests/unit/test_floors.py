@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("web.middleware",),  # part of the face
     ("inventory",),
     ("traffic", "gray", "hotspot", "verify", "redistribute", "reconcile", "stock.aspect"),
+    ("beside",),
     ("sync",),
     ("stock", "ledger"),
     ("selectors",),

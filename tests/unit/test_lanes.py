@@ -623,10 +623,16 @@ class Simulation:
                 await asyncio.sleep(0)
             if taken % 8 == 0:
                 self.check()
-        while self.tasks:
+        turns_since_end = 0
+        while left := len(self.tasks):
             for end in self.tasks.values():
                 end.set()
             await asyncio.sleep(0)
+            turns_since_end = turns_since_end + 1 if len(self.tasks) == left else 0
+            if turns_since_end > 100:
+                # Calls that nest the lanes in different orders hold what the others wait for. A lane's max_wait ends that; here
+                # it is an hour.
+                self.random.choice(list(self.tasks)).cancel()
         assert errors == []
         assert self.inside == dict.fromkeys(self.LANES, 0)
         for name, each in self.lanes.usage().items():
