@@ -23,12 +23,15 @@ from inventory_sdk.errors import (
 )
 from inventory_sdk.inventory import Inventory
 from inventory_sdk.model import Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
+from inventory_sdk.verify.changes import Change, record_change
+from inventory_sdk.verify.tables import WatchedTables
 from inventory_sdk.weave import injected
 from inventory_sdk.web.middleware import InventoryMiddleware
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Change",
     "DeadlineExceeded",
     "DurabilityNotReached",
     "HotspotLimited",
@@ -57,6 +60,8 @@ __all__ = [
     "StockFrozen",
     "StockLevel",
     "UnknownStock",
+    "WatchedTables",
     "__version__",
     "injected",
+    "record_change",
 ]

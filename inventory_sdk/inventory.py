@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from weakref import WeakKeyDictionary
 
 from inventory_sdk.beside import Beside
@@ -27,6 +27,7 @@ from inventory_sdk.stock.stock import Durability, Stock
 from inventory_sdk.sync.worker import Worker
 from inventory_sdk.traffic.aspect import LaneAspect
 from inventory_sdk.traffic.lanes import Lanes
+from inventory_sdk.verify.aspect import Asked, Changes, Mode, VerifyAspect
 from inventory_sdk.weave import weave
 
 if TYPE_CHECKING:
@@ -258,6 +259,42 @@ class Inventory(StockDecorators):
 
         return decorate
 
+    def verifies(
+        self,
+        *,
+        lines: Selector | None = None,
+        sku: Selector | None = None,
+        quantity: Selector | int | None = None,
+        line_merchant: Selector | None = None,
+        merchant: Selector | None = None,
+        by: int | Mapping[str, int] = -1,
+        log: Literal["signed", "unsigned"] | None = "signed",
+        changes: Changes = "recorded",
+        session: Selector | None = None,
+        mode: Mode = "enforce",
+    ) -> Now:
+        """The function moves each of its lines by exactly its quantity, writes the change-log row of each, and moves nothing else;
+        or ``QuantityMismatch`` is raised, inside its transaction.
+
+        Lines are named as in the stock decorators. ``by``: what one unit of a line does, −1 for a take. ``changes`` says how it is
+        known what was done: ``"recorded"`` with ``record_change`` beside each write; ``"returned"``, or a function of the result,
+        as ``Change`` objects; ``WatchedTables(…)`` by watching the session, and then ``by`` is ``{column: units}``. ``session``: a
+        selector of the AsyncSession whose commit has to wait for the verdict. ``log``: whether the change log's quantities have a
+        sign; None: there is no change log. ``mode="observe"`` counts and tells ``on("mismatch")`` without refusing.
+
+        Works with or without stock decorators, and on an Inventory that is not started.
+        """
+        told = Asked(
+            lines=lines, sku=sku, quantity=quantity, line_merchant=line_merchant, merchant=merchant,
+            by=by, log=log, changes=changes, session=session, mode=mode,
+        )  # fmt: skip
+        aspect = VerifyAspect(self, told)
+
+        def decorate(function: Any) -> Any:
+            return weave(function, aspect)
+
+        return decorate
+
     # The parts, as they are now --------------------------------------------------------------------------------------------------
 
     def _running(self) -> Running:
@@ -298,6 +335,9 @@ class Inventory(StockDecorators):
 
     def _default_merchant(self) -> str | None:
         return self._merchant
+
+    async def _tell(self, name: str, facts: Mapping[str, Any]) -> None:
+        await self._hooks.tell(name, facts)
 
 
 def _sink(metrics: Sequence[Metrics] | None) -> Metrics:

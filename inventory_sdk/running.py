@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from inventory_sdk.beside import Beside, Ground
@@ -95,7 +94,7 @@ class Running:
             queue=self.queue,
             watermark=self.watermark,
             metrics=metrics,
-            tell=self._tell,
+            tell=self._hooks.tell,
             failed=self._failed,
             embedded=servers.embedded,
         )
@@ -166,7 +165,7 @@ class Running:
             partitions=range(self.settings.partitions),
             metrics=self._metrics,
             writes_stock=self._hooks.writes_stock,
-            on_event=self._tell,
+            on_event=self._hooks.tell,
             on_failure=self._failed,
             tasks=self._later if len(self._later) else None,
             jobs=[job for each in self._beside for job in each.jobs(self.ground)],
@@ -341,9 +340,3 @@ class Running:
 
     def _failed(self, error: BaseException) -> None:
         self.failure = error
-
-    async def _tell(self, name: str, facts: Mapping[str, Any]) -> None:
-        for handler in self._hooks.handlers.get(name, ()):
-            result = handler(facts)
-            if inspect.isawaitable(result):
-                await result

@@ -9,7 +9,8 @@ commits is a whole batch and not a half.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import func, select, update
@@ -37,6 +38,7 @@ from inventory_sdk.ledger.protocol import Applied, EpochClosed, ForkFound, Water
 from inventory_sdk.ledger.schema import COUNTERS
 from inventory_sdk.ledger.store import CLOSED, DRAINING, MADE, OPEN, PENDING, Store, dumps
 from inventory_sdk.model import LEDGER_DELTAS, JournalEntry, Kind, Movement, split_key
+from inventory_sdk.quantities import differences
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -51,6 +53,9 @@ LINE: Final = ("key", "merchant", "sku", "original", "open", "confirmed", "relea
 POSITION: Final = ("partition", "epoch", "seq", "index")
 
 MovesStock = Callable[["AsyncConnection", Store, dict[str, Stock]], Awaitable[None]]
+
+_COUNTED: Final = (*COUNTERS, "version")
+_DELTAS: Final = itemgetter(*map(CHANGE.index, ("merchant", "sku", *(f"{name}_delta" for name in COUNTERS))))
 
 _MOVING: Final = frozenset(LEDGER_DELTAS) | {Kind.UNDO}
 _REFERRING: Final = frozenset({
@@ -260,6 +265,7 @@ async def write_rows(
     entries = [(entry.partition, entry.epoch, entry.sequence, entry.nonce, entry.at_ms, len(entry.operations)) for entry in fresh]
     await bulk.insert(connection, tables.entry, ENTRY, entries)
     await bulk.insert(connection, tables.operation, OPERATION, verdicts.operations)
+    verify_changes(verdicts.changes, verdicts.known.stock)
     await bulk.insert(connection, tables.change, CHANGE, verdicts.changes)
     await (move or move_stock)(connection, store, verdicts.known.stock)
     await write_holds(connection, store, verdicts.known.holds.values(), verdicts.deleted)
@@ -272,25 +278,55 @@ async def write_rows(
     await bulk.insert(connection, tables.task, TASK, verdicts.tasks)
 
 
+def verify_changes(changes: Sequence[tuple[Any, ...]], stock: Mapping[str, Stock]) -> None:
+    """Every stock row moves by exactly what its change rows say, one version each, and no other does; or ``QuantityMismatch``."""
+    logged: dict[tuple[str, str], list[int]] = {}
+    for merchant, sku, available, reserved, sold, supplied, written_off in map(_DELTAS, changes):
+        sums = logged.get((merchant, sku))
+        if sums is None:
+            sums = logged[merchant, sku] = [0] * 6
+        sums[0] += available
+        sums[1] += reserved
+        sums[2] += sold
+        sums[3] += supplied
+        sums[4] += written_off
+        sums[5] += 1
+    asked = {key: tuple(sums) for key, sums in logged.items()}
+    moved = {
+        (row.merchant, row.sku): tuple(after - before for after, before in zip(row.after(), row.before, strict=True))
+        for row in stock.values()
+        if row.version != row.before[5]
+    }
+    _refuse(asked, moved)
+
+
 async def move_stock(connection: AsyncConnection, store: Store, stock: dict[str, Stock]) -> None:
     """One update per SKU by the sum of its deltas; then what stands there must be what was decided, or ``QuantityMismatch``."""
     moved = [row for row in stock.values() if row.version != row.before[5]]
     if not moved:
         return
-    names = (*COUNTERS, "version")
     keys = ("merchant", "sku")
     added = [(row.merchant, row.sku, *[after - before for after, before in zip(row.after(), row.before, strict=True)]) for row in moved]
     table = store.tables.stock
-    found = await store.bulk.add(connection, table, keys, names, added, keys + names)
+    found = await store.bulk.add(connection, table, keys, _COUNTED, added, keys + _COUNTED)
     standing = {(merchant, sku): tuple(counters) for merchant, sku, *counters in found}
-    mismatches: list[tuple[str, int, int]] = []
-    for row in moved:
-        now = standing.get((row.merchant, row.sku), (0,) * 6)
-        for name, wanted, is_now in zip(names, row.after(), now, strict=True):
-            if wanted != is_now:
-                mismatches.append((f"merchant {row.merchant!r}, sku {row.sku!r}, {name}", wanted, is_now))
-    if mismatches:
-        raise QuantityMismatch(mismatches)
+    _refuse({(row.merchant, row.sku): row.after() for row in moved}, standing)
+
+
+def _refuse(asked: Mapping[tuple[str, str], tuple[int, ...]], found: Mapping[tuple[str, str], tuple[int, ...]]) -> None:
+    if asked == found:
+        return
+    wrong = differences(_named(asked), _named(found))
+    if wrong:
+        raise QuantityMismatch(wrong)
+
+
+def _named(rows: Mapping[tuple[str, str], tuple[int, ...]]) -> dict[str, int]:
+    return {
+        f"merchant {merchant!r}, sku {sku!r}, {name}": units
+        for (merchant, sku), counters in rows.items()
+        for name, units in zip(_COUNTED, counters, strict=True)
+    }
 
 
 async def write_holds(connection: AsyncConnection, store: Store, holds: Iterable[Hold], deleted: Sequence[Hold]) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy import select, update
 from inventory_sdk.errors import InvalidOperation, OperationConflict
 from inventory_sdk.ledger import rows
 from inventory_sdk.ledger.admission import remember_merchant
-from inventory_sdk.ledger.apply import ENTRY, call_writes, move_stock, write_holds
+from inventory_sdk.ledger.apply import ENTRY, call_writes, move_stock, verify_changes, write_holds
 from inventory_sdk.ledger.decide import APPLIED, CHANGE, HELD, OPERATION, TASK, Hold, Stock, parse_json, parts_of, task_row
 from inventory_sdk.ledger.direct import at_database
 from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, OperationRow, StockArriving, WritesStock
@@ -316,6 +316,7 @@ async def _write(connection: AsyncConnection, store: Store, work: _Entering, app
     await connection.execute(update(table).where(table.c.partition == work.partition, table.c.epoch == 0).values(applied=work.seq))
     await bulk.insert(connection, tables.entry, ENTRY, work.entries)
     await bulk.insert(connection, tables.operation, OPERATION, work.operations)
+    verify_changes(work.changes, work.stock)
     await bulk.insert(connection, tables.change, CHANGE, work.changes)
     await move_stock(connection, store, work.stock)
     await write_holds(connection, store, work.holds.values(), ())

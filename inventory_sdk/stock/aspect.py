@@ -30,8 +30,9 @@ from inventory_sdk import context
 from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.model import Kind, Line, Receipt, check_text, check_ttl
 from inventory_sdk.selectors import Pick, Selector, compile_lines, compile_selector, compile_text
+from inventory_sdk.sessions import parts_of
 from inventory_sdk.stock.later import Entry, Upgrade, make_entry
-from inventory_sdk.stock.session import bind, parts_of
+from inventory_sdk.stock.session import bind
 from inventory_sdk.stock.take import Raises, Room, SessionTake, Take, Translating
 from inventory_sdk.weave import Call, Order, Proceed, Site
 

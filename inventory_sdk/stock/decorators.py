@@ -53,6 +53,7 @@ EVENTS: Mapping[str, str] = {
     "dead_letter": "a run='later' function failed for good",
     "task_died": "a background task ended with an error",
     "writes_stock_failed": "a writes_stock function refused a movement",
+    "mismatch": "a verified function did not move what it was asked to",
     "hot": "a SKU became hot",
     "cool": "a SKU is no longer hot",
 }
@@ -149,6 +150,13 @@ class Hooks:
     writes_stock: list[Callable[[Sequence[Movement], AsyncSession], Awaitable[None]]] = field(default_factory=list)
     reads_stock: Callable[[str, Sequence[str], AsyncSession], Awaitable[Iterable[OpeningBalance]]] | None = None
     handlers: dict[str, list[Callable[..., Any]]] = field(default_factory=dict)
+
+    async def tell(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Call the handlers of ``name``, sync or async, one after the other."""
+        for handler in self.handlers.get(name, ()):
+            result = handler(facts)
+            if inspect.isawaitable(result):
+                await result
 
 
 class StockDecorators(ABC):

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("beside",),
     ("sync",),
     ("stock", "ledger"),
-    ("selectors",),
+    ("selectors", "sessions"),
     ("weave", "metrics"),
     ("context",),
     ("model", "errors"),
@@ -34,6 +34,7 @@ PART_OF = {
     "running": "inventory",  # its half that belongs to one event loop
     "servers": "inventory",
     "redis_urls": "inventory",
+    "quantities": "model",  # the rule that the ledger's batches and the service's functions are verified by
     "stock.decorators": "stock.aspect",
     "stock.later": "stock.aspect",  # run="later"
     "stock.session": "stock.aspect",  # session=
@@ -54,7 +55,10 @@ OUTSIDE = {
     "typer": ("cli",),
     "rich": ("cli",),
     "fakeredis": ("inventory", "testing", "stock", "cli"),
-    "sqlalchemy": ("ledger", "sync", "inventory", "reconcile", "gray", "testing", "web", "stock.aspect", "weave", "cli"),
+    "sqlalchemy": (
+        *("ledger", "sync", "inventory", "reconcile", "gray", "testing", "web"),
+        *("stock.aspect", "verify", "sessions", "weave", "cli"),
+    ),
     "aio_pika": ("sync",),
     "tenacity": ("sync", "stock"),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
