@@ -136,7 +136,7 @@ class VerifyAspect:
                     if tables is None:
                         gate = Gate(sync, lambda found: case.judge(found_in(record.changes, case.merchant)))
                     else:
-                        gate = Watch(sync, case.judge, tables, case.merchant)
+                        gate = Watch(sync, case.judge, tables, case.merchant, case.units)
                     try:
                         await asynchronous.run_sync(lambda _: gate.open())
                         result = await proceed(call)
@@ -161,12 +161,12 @@ class _Case:
         self._rule = rule
         self._mode = mode
         self._label = label
-        self._units = units
+        self.units = units
         self._wrong: QuantityMismatch | None = None
 
     def judge(self, found: Found) -> None:
         """Count what does not match, once per call; ``QuantityMismatch`` unless it is only observed."""
-        wrong = mismatches(self._rule, self._units, found)
+        wrong = mismatches(self._rule, self.units, found)
         if not wrong:
             return
         error = QuantityMismatch(wrong)

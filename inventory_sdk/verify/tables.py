@@ -15,9 +15,9 @@ class WatchedTables:
     """The service's own tables, each a mapped class or a ``Table``; columns by their attribute or column name.
 
     ``stock``: one row per SKU (several rows of a SKU, say one per warehouse, are summed), which ``sku`` and perhaps ``merchant``
-    name. ``log``: the change log; None: there is none. Its rows say ``log_quantity``, or ``log_before`` and ``log_after``, which
-    then must also form one chain from what stood in the stock to what stands there. ``log_sku`` and ``log_merchant`` where they
-    are called otherwise there.
+    name. ``log``: the change log; None: there is none. Its rows say ``log_quantity``, ``log_before`` and ``log_after``, or all
+    three; the two must form one chain from what stood in the stock to what stands there. ``log_sku`` and ``log_merchant`` where
+    they are called otherwise there.
     """
 
     stock: Any
@@ -38,6 +38,7 @@ class Watched:
         self.sku = _column(tables.stock, tables.sku, "sku")
         self.merchant = None if tables.merchant is None else _column(tables.stock, tables.merchant, "merchant")
         self.counters = {name: _column(tables.stock, name, "by") for name in counters}
+        self.keys = [column for column in (self.sku, self.merchant) if column is not None]
         self.stock = _one_table([self.sku, self.merchant, *self.counters.values()])
         self.log: Table | None = None
         if tables.log is None:
@@ -46,7 +47,7 @@ class Watched:
         named = tables.log_merchant or tables.merchant
         self.log_merchant = None if named is None else _column(tables.log, named, "log_merchant")
         ends = (tables.log_before, tables.log_after)
-        if (tables.log_quantity is None) == (ends == (None, None)) or (ends != (None, None) and None in ends):
+        if (tables.log_quantity is None and ends == (None, None)) or ends.count(None) == 1:
             raise TypeError("WatchedTables: name the change log's log_quantity=, or its log_before= and log_after=")
         self.log_quantity = None if tables.log_quantity is None else _column(tables.log, tables.log_quantity, "log_quantity")
         self.log_before = None if tables.log_before is None else _column(tables.log, tables.log_before, "log_before")

@@ -1,9 +1,10 @@
 """Watches one AsyncSession while a verified function runs, and asks for the verdict before anything of it is committed.
 
-Just before a statement writes stock rows, those rows are read and locked; before the commit, and when the function has returned, they
-are read again. So what counts is what stands in the database: a rolled back savepoint, an expression, a trigger, a lost update are all
-in it. Change-log rows are taken from the INSERTs. A write to a watched table that can't be read so (SQL text, INSERT … SELECT, a
-changed change row) is a mismatch of its own. Not seen at all: other connections, stored procedures, and rows that a trigger writes.
+Just before a statement writes stock rows, those rows are read and locked (with the first one, all that the call has to move); before
+the commit, and when the function has returned, they are read again. So what counts is what stands in the database: a rolled back
+savepoint, an expression, a trigger, a lost update are all in it. Change-log rows are taken from the INSERTs. A write to a watched table
+that can't be read so (SQL text, INSERT … SELECT, a changed change row) is a mismatch of its own. Not seen at all: other connections,
+stored procedures, and rows that a trigger writes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Delete, Insert, Update, event, select, tuple_
+from sqlalchemy import Connection, Delete, Enum, Insert, String, Update, event, select, tuple_
 from sqlalchemy.sql.dml import UpdateBase
+from sqlalchemy.sql.elements import RollbackToSavepointClause, SavepointClause
 
 from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.selectors import as_text
@@ -73,12 +75,14 @@ class Gate:
 
 
 class Watch(Gate):
-    """A gate that sees what the session does to the watched tables. ``merchant``: of rows that name none."""
+    """A gate that sees what the session does to the watched tables. ``merchant``: of rows that name none. ``expected``: the lines."""
 
-    def __init__(self, session: Session, judge: Callable[[Found], None], tables: Watched, merchant: str) -> None:
+    def __init__(self, session: Session, judge: Callable[[Found], None], tables: Watched, merchant: str, expected: Iterable[Key]) -> None:
         super().__init__(session, judge)
         self._tables = tables
         self._merchant = merchant
+        plain = all(isinstance(column.type, String) and not isinstance(column.type, Enum) for column in tables.keys)
+        self._ahead = [(sku, whose)[: len(tables.keys)] for whose, sku in expected] if plain else []
         watched = [table for table in (tables.stock, tables.log) if table is not None]
         self._text = writes_to(table.name for table in watched)
         self._earlier = Found()
@@ -138,15 +142,6 @@ class Watch(Gate):
         self._attached.add(connection)
         self._hear(connection, "before_execute", self._before_execute)
         self._hear(connection, "before_cursor_execute", self._before_cursor_execute)
-        self._hear(connection, "savepoint", self._savepoint)
-        self._hear(connection, "rollback_savepoint", self._rollback_savepoint)
-
-    def _savepoint(self, connection: Connection, name: str) -> None:
-        self._savepoints[name] = (len(self._rows), len(self._unread))
-
-    def _rollback_savepoint(self, connection: Connection, name: str, context: None) -> None:
-        rows, unread = self._savepoints.get(name, (0, 0))
-        del self._rows[rows:], self._unread[unread:]
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
@@ -158,6 +153,11 @@ class Watch(Gate):
     def _before_execute(
         self, connection: Connection, statement: Any, multiparams: Sequence[Values], params: Values, execution_options: Any
     ) -> None:
+        if isinstance(statement, SavepointClause):
+            self._savepoints[statement.ident] = (len(self._rows), len(self._unread))
+        elif isinstance(statement, RollbackToSavepointClause):
+            rows, unread = self._savepoints.get(statement.ident, (0, 0))
+            del self._rows[rows:], self._unread[unread:]
         if not isinstance(statement, Insert | Update | Delete):
             return
         sets = list(multiparams) or [params]
@@ -167,7 +167,7 @@ class Watch(Gate):
             self._log_written(connection, statement, sets)
 
     def _stock_written(self, connection: Connection, statement: Insert | Update | Delete, sets: Sequence[Values]) -> None:
-        names = [column for column in (self._tables.sku, self._tables.merchant) if column is not None]
+        names = self._tables.keys
         keys: Iterable[tuple[Any, ...]] | None
         if isinstance(statement, Insert):
             rows = inserted(connection, statement, sets, names)
@@ -178,7 +178,8 @@ class Watch(Gate):
             self._unread.append(str(statement))
             return
         self._connection = connection
-        new = [key for key in keys if key not in self._before]
+        wanted = keys if self._before else {*self._ahead, *keys}
+        new = [key for key in wanted if key not in self._before]
         standing = self._read(connection, new)
         for raw in new:
             self._before[raw] = (self._key(*raw), standing.get(self._key(*raw), (0,) * len(self._tables.counters)))
@@ -236,8 +237,7 @@ class Watch(Gate):
 
     def _read(self, connection: Connection, raws: Sequence[tuple[Any, ...]]) -> dict[Key, tuple[int, ...]]:
         """Counters of these SKUs now, locked in order until the transaction ends."""
-        tables = self._tables
-        names = [column for column in (tables.sku, tables.merchant) if column is not None]
+        tables, names = self._tables, self._tables.keys
         found: dict[Key, tuple[int, ...]] = {}
         for at in range(0, len(raws), CHUNK):
             part = raws[at : at + CHUNK]

@@ -7,7 +7,7 @@ from typing import Any, assert_type
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from inventory_sdk import Inventory
+from inventory_sdk import Change, Inventory, WatchedTables, record_change
 from inventory_sdk.errors import InsufficientStock
 from inventory_sdk.model import Movement, OpeningBalance, Receipt
 from inventory_sdk.stock.decorators import StockDecorators
@@ -146,3 +146,34 @@ async def in_lanes(inventory: Inventory) -> None:
     @inventory.lane("core")  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
     def sync() -> int:
         return 1
+
+
+async def verified(inventory: Inventory, tables: WatchedTables) -> None:
+    @inventory.reserves(run="now", operation_id="order", lines="items", sku="id", quantity=1)
+    @inventory.verifies(lines="items", sku="id", quantity=1, mode="observe")
+    async def place(order: str, items: list[Item], receipt: Receipt = injected()) -> int:
+        record_change("a", moved=-1, logged=-1)
+        return 1
+
+    class Service:
+        @inventory.verifies(lines="items", by={"available": -1}, changes=tables, session="session")
+        async def take(self, session: AsyncSession, items: list[Item]) -> bytes:
+            return b""
+
+        @inventory.verifies(lines="items", changes=lambda result: result, log=None)
+        @classmethod
+        async def count(cls, items: list[Item]) -> list[Change]:
+            return []
+
+    assert_type(await place("o", []), int)
+    assert_type(await Service.count([]), list[Change])
+    assert_type(await Service().take(session=AsyncSession(), items=[]), bytes)
+    await Service().take([])  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
+    inventory.verifies(lines="items", mode="watch")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    inventory.verifies(lines="items", changes="guessed")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    record_change("a", -1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+    @inventory.verifies(lines="items")  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    def sync(items: list[Item]) -> None: ...
+
+    _ = sync

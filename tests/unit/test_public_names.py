@@ -11,6 +11,7 @@ import inventory_sdk
 from inventory_sdk import errors
 
 NAMES = {
+    "Change",
     "Inventory",
     "InventoryMiddleware",
     "Lane",
@@ -20,7 +21,9 @@ NAMES = {
     "Receipt",
     "Reservation",
     "StockLevel",
+    "WatchedTables",
     "injected",
+    "record_change",
 }
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.InventoryError)}
 
@@ -39,7 +42,7 @@ STOCK = {
     "status": {"operation_id", "merchant"},
 }
 DECORATORS = ("reserves", "deducts", "confirms", "releases", "restocks", "takes_back", "adjusts")
-HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane")
+HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "verifies")
 
 
 def parameters(function: Any) -> set[str]:
