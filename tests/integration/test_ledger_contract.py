@@ -13,6 +13,8 @@ from sqlalchemy import BigInteger, Column, MetaData, String, Table, func, insert
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from inventory_sdk.errors import InvalidOperation, OperationConflict, QuantityMismatch
+from inventory_sdk.ledger.decide import CHANGE, Verdicts
+from inventory_sdk.ledger.enter import _Entering
 from inventory_sdk.ledger.protocol import (
     Entering,
     EpochClosed,
@@ -935,6 +937,39 @@ async def test_a_row_that_did_not_move_as_asked_rolls_the_batch_back(ledger: Sql
     monkeypatch.undo()
     assert await counters(ledger) == (10, 0, 0, 10, 0)
     await assert_sound(ledger)
+
+
+@pytest.mark.parametrize("fault", ["lost", "doubled", "wrong"])
+async def test_a_batch_whose_change_rows_are_not_its_movements_is_refused_whole(
+    ledger: SqlLedger, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    move, change = Verdicts._move, _Entering._change
+
+    def spoil(rows: list[tuple[Any, ...]]) -> None:
+        last = rows.pop()
+        at = CHANGE.index("available_delta")
+        rows += {"lost": [], "doubled": [last, last], "wrong": [(*last[:at], last[at] + 1, *last[at + 1 :])]}[fault]
+
+    def spoilt(verdicts: Verdicts, *arguments: Any) -> bool:
+        moved = move(verdicts, *arguments)
+        spoil(verdicts.changes)
+        return moved
+
+    def spoilt_entering(work: _Entering, *arguments: Any) -> None:
+        change(work, *arguments)
+        spoil(work.changes)
+
+    monkeypatch.setattr(Verdicts, "_move", spoilt)
+    monkeypatch.setattr(_Entering, "_change", spoilt_entering)
+    with pytest.raises(QuantityMismatch, match="sku 'a'"):
+        await ledger.apply(0, 1, [entry(1, op("deduct", "o-1", ("a", 2)))])
+    with pytest.raises(QuantityMismatch, match="sku 'a'"):
+        await restock(ledger, "po-2", ("a", 1))
+    monkeypatch.undo()
+    assert await counters(ledger) == (10, 0, 0, 10, 0)
+    await assert_sound(ledger)
+    await ledger.apply(0, 1, [entry(1, op("deduct", "o-1", ("a", 2)))])
+    assert (await row(ledger)).available == 8
 
 
 # Decisions
