@@ -72,8 +72,8 @@ async def sold(place: AbstractAsyncContextManager[Inventory], sale: FlashSale) -
 
     from inventory_sdk.cli import screen
     from inventory_sdk.cli.demo import MERCHANT, flash_sale
-    from inventory_sdk.cli.proof import Expected, prove
     from inventory_sdk.model import key_of
+    from inventory_sdk.testing.proof import Expected, prove
 
     console = Console()
     async with place as inventory:
@@ -97,9 +97,9 @@ async def replayed(place: AbstractAsyncContextManager[Inventory], path: Path) ->
 
     from inventory_sdk.cli import screen
     from inventory_sdk.cli.orders import UnreadableOrders, plan, read_orders
-    from inventory_sdk.cli.proof import prove
     from inventory_sdk.cli.recount import recount
     from inventory_sdk.cli.replay import expected, missing_or_doubled, replay
+    from inventory_sdk.testing.proof import prove
 
     try:
         acts = plan(read_orders(path))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 from inventory_sdk.cli.orders import Act
 from inventory_sdk.cli.patience import patiently
-from inventory_sdk.cli.proof import Expected
 from inventory_sdk.cli.recount import Recount
 from inventory_sdk.model import Line, Receipt, key_of, split_key
+from inventory_sdk.testing.proof import Expected
 
 if TYPE_CHECKING:
     from inventory_sdk.inventory import Inventory

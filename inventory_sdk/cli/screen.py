@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from inventory_sdk.cli.demo import Tally
-from inventory_sdk.cli.proof import Proof
 from inventory_sdk.cli.recount import Recount
 from inventory_sdk.cli.replay import Replayed
+from inventory_sdk.testing.proof import Proof
 
 SHOWN_DIFFERENCES: Final = 20
 LINE_EVERY: Final = 0.1

@@ -202,6 +202,12 @@ class Worker:
         for partition, *_ in self._rooms:
             await self._parts.persist("redis", partial(self._parts.stock_side.heartbeat, partition, self.name))
 
+    async def tidy(self) -> None:
+        """A round of housekeeping at once instead of within a second: what is due has expired, and its handlers were told."""
+        for _, _, _, keeper, _ in self._rooms:
+            await keeper.tidy()
+        await self._notices.delivered(DRAIN)
+
     async def wait(self) -> None:
         """Until the worker has stopped; raises what killed one of its tasks as soon as that happens."""
         waits = [asyncio.create_task(event.wait()) for event in (self._died, self._stopped)]

@@ -148,7 +148,8 @@ def test_a_function_that_loses_a_line_is_refused() -> None:
 
 
 def test_plain_asyncio_is_tested_with_everything_replaced() -> None:
-    assert "5 passed" in run(EXAMPLES, "-m", "pytest", "-p", "no:cacheprovider", "test_plain_asyncio.py")
+    files = ("test_plain_asyncio.py", "test_fixture.py", "test_factories.py")
+    assert "8 passed" in run(EXAMPLES, "-m", "pytest", "-p", "no:cacheprovider", *files)
 
 
 @pytest.mark.parametrize("page", ["fastapi.md", "testing.md", "verify.md"])

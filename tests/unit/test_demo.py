@@ -13,10 +13,10 @@ from inventory_sdk import Inventory
 from inventory_sdk.cli.app import app
 from inventory_sdk.cli.demo import MERCHANT, SKUS, Behaviour, FlashSale, Tally, buyers, flash_sale
 from inventory_sdk.cli.orders import plan, read_orders
-from inventory_sdk.cli.proof import Expected, prove
 from inventory_sdk.cli.recount import recount
 from inventory_sdk.cli.replay import expected, missing_or_doubled, replay
 from inventory_sdk.model import Line, key_of
+from inventory_sdk.testing.proof import Expected, prove
 
 ORDERS = """invoice,at,sku,quantity,unit_price,customer,country
 1,2011-12-04 10:10:00,a,5,1.5,c1,United Kingdom

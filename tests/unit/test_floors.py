@@ -63,6 +63,7 @@ OUTSIDE = {
     "tenacity": ("sync", "stock"),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
     "pytest": ("testing",),
+    "pytest_asyncio": ("testing",),
 }
 """Which rooms may know an outside library at all: the others get it behind a protocol."""
 
