@@ -12,6 +12,11 @@ NEEDED = ("typer", "rich")
 
 def main() -> None:
     """Run the command; exit code 0 all is well, 1 something must change, 2 the command was not understood."""
+    if sys.argv[1:] == ["--version"]:  # for a report of what is wrong with an installation, so before anything can be
+        from inventory_sdk import __version__
+
+        sys.stdout.write(f"inventory_sdk {__version__}\n")
+        return
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"inventory-sdk: {' and '.join(missing)} not installed; the command line needs: pip install 'inventory_sdk[cli]'")

@@ -91,6 +91,12 @@ def test_without_its_extra_the_command_names_the_extra() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_without_its_extra_the_command_still_says_its_version() -> None:
+    code = "import sys; sys.modules['typer'] = None; sys.argv = ['inventory-sdk', '--version']; import inventory_sdk.cli as cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"inventory_sdk {inventory_sdk.__version__}\n"
+
+
 def test_help_loads_neither_the_database_nor_fakeredis() -> None:
     code = """
 import sys

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
+
+from tests.conftest import SERVICES
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def fenced(page: Path, language: str) -> list[str]:
@@ -41,6 +47,42 @@ def test_every_make_target_and_extra_that_a_document_names_exists(page: Path) ->
     assert set(commands) <= targets
     named = {extra for extras in re.findall(r"inventory_sdk\[([a-z,]+)\]", text) for extra in extras.split(",")}
     assert named <= set(PROJECT["optional-dependencies"])
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Under other names than their modules, or brought by another, are those named here; pytest's own are there when the plugin is."""
+    named = {
+        "multipart": "python-multipart",
+        "opentelemetry": "opentelemetry-api",
+        "aiormq": "aio-pika",
+        "pydantic_core": "pydantic",
+        "elastic_transport": "elasticsearch",
+    }
+    wanted = [*PROJECT["dependencies"], *(each for extra in PROJECT["optional-dependencies"].values() for each in extra)]
+    declared = {re.split(r"[^A-Za-z0-9_.-]", each)[0].lower() for each in wanted}
+    found: dict[str, str] = {}
+    for path in (ROOT / "inventory_sdk").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            found |= {name.partition(".")[0]: path.name for name in names}
+    ours = {name: where for name, where in found.items() if name not in sys.stdlib_module_names and name != "inventory_sdk"}
+    missing = {
+        name: where
+        for name, where in ours.items()
+        if named.get(name, name.replace("_", "-")) not in declared and name not in {"pytest", "pytest_asyncio"}
+    }
+    assert missing == {}
+
+
+def test_the_servers_of_the_compose_file_stand_where_the_tests_look() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    ports = {port for service in services.values() for port in service["ports"]}
+    for name in SERVICES:
+        place = urlsplit(SERVICES[name][1])
+        assert f"{place.hostname}:{place.port}:{place.port}" in ports, name
+    assert all("healthcheck" in service for service in services.values())
 
 
 def test_every_test_that_the_features_page_names_exists() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import inventory_sdk
-from inventory_sdk import errors
+from inventory_sdk import errors, testing
+from inventory_sdk.stock.decorators import EVENTS
 
 NAMES = {
     "Change",
@@ -97,3 +100,45 @@ def test_the_version_is_one_that_packaging_can_read() -> None:
     numbers = inventory_sdk.__version__.split(".")
     assert len(numbers) == 3
     assert all(number.isdigit() for number in numbers)
+
+
+SNAPSHOT = Path(__file__).with_name("public_api.txt")
+
+
+def signature(name: str, value: Any) -> str:
+    if isinstance(value, property):
+        return f"{name}: property"
+    try:
+        shown = ", ".join(str(each.replace(annotation=each.empty)) for each in inspect.signature(value).parameters.values())
+    except (TypeError, ValueError):
+        return name
+    return f"{name}({shown})"
+
+
+def members(owner: Any) -> list[str]:
+    found = {name for name in dir(owner) if not name.startswith("_")}
+    return [signature(f"{owner.__name__}.{name}", getattr(owner, name)) for name in sorted(found)]
+
+
+def public_api() -> str:
+    """One line per name that users may write."""
+    lines: list[str] = []
+    for name in sorted(inventory_sdk.__all__):
+        value = getattr(inventory_sdk, name)
+        if name != "__version__":
+            lines.append(name if isinstance(value, type) and issubclass(value, BaseException) else signature(name, value))
+    made = inventory_sdk.Inventory("memory://", metrics=[])
+    parts = sorted(f"Inventory.{name}: part" for name in vars(made) if not name.startswith("_"))
+    for owner in (inventory_sdk.Inventory, type(made.stock)):
+        lines += members(owner)
+    lines += parts
+    lines += [f"inventory_sdk.testing.{name}" for name in sorted(testing.__all__)]
+    lines += [f"on({name!r})" for name in EVENTS]
+    return "\n".join(lines) + "\n"
+
+
+def test_a_change_of_the_public_api_is_seen() -> None:
+    """If you meant it: ``INVENTORY_UPDATE_PUBLIC_API=1 pytest tests/unit/test_public_names.py``, and say so in the changelog."""
+    if os.environ.get("INVENTORY_UPDATE_PUBLIC_API"):
+        SNAPSHOT.write_text(public_api())
+    assert public_api().splitlines() == SNAPSHOT.read_text().splitlines()
