@@ -14,6 +14,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from redis import Redis
 from sqlalchemy.engine import make_url
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,7 @@ def test_the_shop_works_after(tmp_path: Path) -> None:
 
 
 def test_the_tests_of_the_shop_are_the_same_before_and_after() -> None:
-    for name in ("tests/test_shop.py", "shop/models.py", "shop/errors.py", "shop/database.py"):
+    for name in ("tests/test_shop.py", "shop/models.py", "shop/errors.py", "shop/database.py", "load.py"):
         assert (EXAMPLES / "shop_before" / name).read_bytes() == (EXAMPLES / "shop_after" / name).read_bytes()
 
 
@@ -113,6 +114,48 @@ def shop_database(server: str, name: str) -> Iterator[str]:
         yield url.set(database=name).render_as_string(hide_password=False)
     finally:
         asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+RUSH = ("load.py", "--buyers", "120", "--units", "30")
+SOLD_OUT = ["120 buyers, 32 at once, for 30 mugs: 30 got one, 90 were refused, 0 failed", "exact"]
+
+
+def test_a_rush_on_the_shop_sells_every_mug_once() -> None:
+    said = run(EXAMPLES / "shop_after", "-W", "error", *RUSH).splitlines()
+    assert [said[0], said[-1]] == SOLD_OUT
+
+
+@pytest.mark.redis
+@pytest.mark.postgresql
+def test_a_rush_on_real_servers_sells_every_mug_once_before_and_after(redis_url: str, postgresql_url: str, namespace: str) -> None:
+    with shop_database(postgresql_url, namespace) as url:
+        ours = {"SHOP_DATABASE_URL": url, "SHOP_REDIS_URL": redis_url, "SHOP_NAMESPACE": namespace}
+        try:
+            for shop in ("shop_before", "shop_after"):
+                said = run(EXAMPLES / shop, "-W", "error", *RUSH, **ours).splitlines()
+                assert [said[0], said[-1]] == SOLD_OUT, shop
+        finally:
+            with Redis.from_url(redis_url) as client:
+                for key in client.scan_iter(match="{" + namespace + ":*"):
+                    client.delete(key)
+
+
+def test_a_service_of_classes_packs_unpacks_and_writes_its_letters() -> None:
+    said = run(EXAMPLES, "-W", "error", "warehouse.py").splitlines()
+    assert said[:5] == [
+        "p1 holds 1 lamp, 1 rug",
+        "p2 holds 1 lamp",
+        "p2 unpacked",
+        "confirm of 2 lines",
+        "north: p1 is on its way, says the one made by the worker",
+    ]
+    assert sorted(said[5:]) == sorted(
+        [
+            *("north: restock 2 lamp", "north: restock 1 rug"),
+            *("north: reserve 1 lamp", "north: reserve 1 rug", "north: reserve 1 lamp"),
+            *("north: release 1 lamp", "north: confirm 1 lamp", "north: confirm 1 rug"),
+        ]
+    )
 
 
 def test_plain_asyncio_sells_what_is_there_and_no_more() -> None:
