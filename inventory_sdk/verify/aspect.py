@@ -7,7 +7,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
 
 from inventory_sdk import context
 from inventory_sdk.errors import InvalidOperation, QuantityMismatch
@@ -105,15 +106,10 @@ class VerifyAspect:
         returned = changes if callable(changes) else (lambda result: result) if changes == "returned" else None
 
         async def run(call: Call) -> Any:
-            case = case_of(call)
-            try:
+            async with case_of(call) as case:
                 with recording() as record:
                     result = await proceed(call)
                     case.judge(found_in(record.changes if returned is None else returned(result), case.merchant))
-            except Exception:
-                await case.tell()
-                raise
-            await case.tell()
             return result
 
         return run
@@ -125,13 +121,12 @@ class VerifyAspect:
         async def run(call: Call) -> Any:
             from inventory_sdk.verify.watch import Gate, Watch
 
-            case = case_of(call)
             given = session(call.values())
             sync, asynchronous = parts_of(given)
             if asynchronous is None:
                 raise InvalidOperation("session", given, "of a verified function must be an AsyncSession")
             gate: Gate
-            try:
+            async with case_of(call) as case:
                 with recording() as record:
                     if tables is None:
                         gate = Gate(sync, lambda found: case.judge(found_in(record.changes, case.merchant)))
@@ -143,17 +138,13 @@ class VerifyAspect:
                         await asynchronous.run_sync(lambda _: gate.verify())
                     finally:
                         gate.close()
-            except Exception:
-                await case.tell()
-                raise
-            await case.tell()
             return result
 
         return run
 
 
 class _Case:
-    """One call before the rule."""
+    """One call before the rule. At the end of its block the handlers hear of a mismatch, unless the call was cancelled."""
 
     def __init__(self, room: Room, rule: Rule, mode: Mode, label: str, merchant: str, units: dict[Key, int]) -> None:
         self.merchant = merchant
@@ -177,12 +168,14 @@ class _Case:
         if self._mode == "enforce":
             raise error
 
-    async def tell(self) -> None:
-        """Handlers of ``on("mismatch")`` hear of it. What they raise is logged: the verdict stands."""
-        if self._wrong is None:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._wrong is None or (kind is not None and not issubclass(kind, Exception)):
             return
         facts = {"function": self._label, "mode": self._mode, "merchant": self.merchant, "mismatches": self._wrong.mismatches}
         try:
             await self._room._tell("mismatch", facts)
-        except Exception:
+        except Exception:  # what a handler raises changes nothing: the verdict stands
             log.exception('a handler of on("mismatch") failed')
