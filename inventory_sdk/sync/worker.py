@@ -17,6 +17,7 @@ from inventory_sdk.model import Position
 from inventory_sdk.sync.announcing import Announcer
 from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
 from inventory_sdk.sync.corrections import CREDIT_GRACE, Corrections
+from inventory_sdk.sync.depth import Depth
 from inventory_sdk.sync.follower import IDLE, REBIND, TAKE_OVER, Follower
 from inventory_sdk.sync.following import Following
 from inventory_sdk.sync.housekeeping import PERIOD, STALE_AGE, Housekeeping
@@ -128,6 +129,7 @@ class Worker:
             else None
         )
         self._jobs = tuple(jobs)
+        self._depth = Depth(parts, partitions)
         self._following = Following(parts)
         self._wakes.append(self._following.due)
         self._rooms: list[tuple[int, Follower, Corrections, Housekeeping, asyncio.Event]] = []
@@ -163,6 +165,7 @@ class Worker:
             self._spawn(f"housekeeping-{partition}", keeper.run())
             self._signs.append(self._spawn(f"heartbeat-{partition}", self._give_signs(partition, follower, signed)))
         self._spawn("following", self._following.run())
+        self._spawn("depth", self._depth.run())
         if self._runner is not None:
             self._spawn("tasks", self._runner.run())
         for job in self._jobs:
