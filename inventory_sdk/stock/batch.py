@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic_core import from_json, to_json
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
+from inventory_sdk import tracing
 from inventory_sdk.errors import InventoryError, JournalFull, OutcomeUnknown, Overloaded, StockFrozen
 from inventory_sdk.metrics.events import BatchSent, Metrics, Retried
 from inventory_sdk.model import Position
@@ -121,13 +122,14 @@ Answer = tuple[list[Any], Answered]
 
 
 class _Waiting:
-    __slots__ = ("future", "lines", "operation", "orphaned")
+    __slots__ = ("future", "lines", "operation", "orphaned", "span")
 
     def __init__(self, operation: list[Any], future: asyncio.Future[Answer], orphaned: Callable[[Answer], None] | None) -> None:
         self.operation = operation
         self.future = future
         self.orphaned = orphaned
         self.lines = len(operation[3]) // 2
+        self.span = None if tracing.active is None else tracing.active.asking(operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,12 @@ class Batcher:
         try:
             while self._waiting:
                 batch = self._cut()
-                if batch:
+                if not batch:
+                    continue
+                if tracing.active is None:
+                    await self._send(batch)
+                    continue
+                with tracing.active.batch((item.span for item in batch), self.partition.number, self.lane, len(batch)):
                     await self._send(batch)
         except BaseException as error:
             # Whatever stops this task must reach every caller: nobody waits for ever.
@@ -304,6 +311,8 @@ class Batcher:
         if self._unrecorded:
             self._loop.call_soon(self._record)  # runs while Redis works on this one
         arguments = (sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations)
+        if tracing.active is not None and (carried := tracing.active.carried()):
+            arguments += ("t", carried[tracing.PARENT])
         behind = self._waits.behind({*"".join([item.operation[9] for item in batch])}) if self._waits.used else None
         reply = await partition.wire.run("batch", partition.keys, arguments, behind)
         waited = self._waits.follow(behind) if behind is not None else None
@@ -428,6 +437,8 @@ class Batcher:
             else:
                 reason = _REASONS[code]
                 refused[reason] = refused.get(reason, 0) + 1
+        if accepted and tracing.active is not None:
+            tracing.active.journaled(epoch, sequence)
         if accepted and self._publish is not None:
             confirmed = self._publish(self.partition.number, epoch, sequence, body.decode())
             if self._givers is not None and not GIVE.isdisjoint(accepted):

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stock", "ledger"),
     ("selectors",),
     ("weave", "metrics"),
-    ("context",),
+    ("context", "tracing"),
     ("model", "errors"),
 )
 """Top to bottom. A room is a module or a package; the longest match wins, so ``stock.aspect`` stands above ``stock``."""
@@ -58,12 +58,13 @@ OUTSIDE = {
     "aio_pika": ("sync",),
     "tenacity": ("sync", "stock"),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
+    "opentelemetry": ("metrics", "tracing"),
     "pytest": ("testing",),
 }
 """Which rooms may know an outside library at all: the others get it behind a protocol."""
 
 SUBROOMS = {
-    "sync.queues": ("sync.backoff", "stock.journal", "model", "errors", "context", "metrics"),
+    "sync.queues": ("sync.backoff", "stock.journal", "model", "errors", "context", "metrics", "tracing"),
     "stock.journal": ("model", "errors"),
     "ledger.protocol": ("model", "errors"),
     "metrics.events": (),
