@@ -139,7 +139,7 @@ def _retried(event: Retried) -> Iterator[Sample]:
 
 def _happened(event: Happened) -> Iterator[Sample]:
     labels = event.labels
-    reason = labels.get("reason") or labels.get("why") or labels.get("task", "")
+    reason = labels.get("reason") or labels.get("why") or labels.get("status") or labels.get("task", "")
     yield EVENTS, (event.name, labels.get("partition", ""), reason), 1
 
 

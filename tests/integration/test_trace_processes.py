@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -85,26 +86,30 @@ async def test_one_order_is_one_trace_through_three_processes(
 ) -> None:
     place = {"redis": redis_url, "queue": amqp_url, "database": postgresql_url, "namespace": swept, "prefix": f"{swept}_"}
     (tmp_path / "shop.py").write_text(SHOP.format(**place))
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).resolve().parents[2]}:{tmp_path}"}
     inventory = Inventory(redis_url, queue=amqp_url, database=postgresql_url, namespace=swept, table_prefix=f"{swept}_", metrics=())
     async with inventory:
         await inventory.create_schema()
-        worker = subprocess.Popen(WORKER, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-        try:
-            assert worker.stderr is not None
-            for line in worker.stderr:
-                if "is running" in line:
-                    break
-            await inventory.stock.restock([Line("a", 100)], operation_id="in")
-            subprocess.run([sys.executable, "-c", FRONT, SELLER], cwd=tmp_path, env=environment, check=True, timeout=60)
-            await inventory.settled()
-        finally:
-            worker.terminate()
-            worker.communicate(timeout=30)
-    spans = [json.loads(line) for file in tmp_path.glob("spans-*.jsonl") for line in file.read_text().splitlines()]
+        await inventory.stock.restock([Line("a", 100)], operation_id="in")
+        spans = await asyncio.to_thread(_played, tmp_path)
     complete = [order for order in range(5) if _whole(spans, order)]
     # An entry that the worker found in the journal before its message came has no headers; of five, that is never all.
     assert complete, [(span["name"], span["trace"], span["process"]) for span in spans]
+
+
+def _played(folder: Path) -> list[dict[str, Any]]:
+    """The spans of all three processes, after five orders."""
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).resolve().parents[2]}:{folder}"}
+    worker = subprocess.Popen(WORKER, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert worker.stderr is not None
+        for line in worker.stderr:
+            if "is running" in line:
+                break
+        subprocess.run([sys.executable, "-c", FRONT, SELLER], cwd=folder, env=environment, check=True, timeout=60)
+    finally:
+        worker.terminate()
+        worker.communicate(timeout=30)
+    return [json.loads(line) for file in folder.glob("spans-*.jsonl") for line in file.read_text().splitlines()]
 
 
 def _whole(spans: list[dict[str, Any]], order: int) -> bool:
