@@ -79,6 +79,9 @@ _REASONS: Final = {
     GIVEN_UP: "part_given_up",
 }
 
+TAKES: Final = frozenset({"reserve", "deduct", "adjust"})
+UNANSWERED: Final = frozenset({NOT_LOADED, PIN, ASK_LEDGER, AWAY})
+"""Answers after which the same operation is asked again, here or elsewhere."""
 GIVE: Final = frozenset({"release", "expire", "undo", "void"})
 """Kinds that make units available again, and are in the script's ``givers`` until they are confirmed."""
 _PROCESS: Final = secrets.token_hex(4)
@@ -168,6 +171,7 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._task: asyncio.Task[None] | None = None
         self._unrecorded: list[BatchSent] = []
+        self.answered: Callable[[str, bool], None] | None = None
         self._loop = asyncio.get_running_loop()
 
     def submit(self, operation: list[Any], orphaned: Callable[[Answer], None] | None = None) -> asyncio.Future[Answer]:
@@ -427,6 +431,8 @@ class Batcher:
         accepted: dict[str, int] = {}
         refused: dict[str, int] = {}
         replayed = 0
+        if self.answered is not None:
+            _tell_takes(self.answered, batch, answers)
         for item, answer in zip(batch, answers, strict=True):
             code = answer[0]
             if code <= DONE:
@@ -471,6 +477,13 @@ class Batcher:
                 item.future.set_exception(OutcomeUnknown(_name(item.operation), reason))
             else:
                 item.future.set_exception(_copy(error, cause))
+
+
+def _tell_takes(answered: Callable[[str, bool], None], batch: list[_Waiting], answers: list[list[Any]]) -> None:
+    for item, answer in zip(batch, answers, strict=True):
+        kind, key = item.operation[:2]
+        if kind in TAKES and answer[0] not in UNANSWERED:
+            answered(key.partition("\x1f")[0], answer[0] <= REPLAY)
 
 
 def _given_back(batch: list[_Waiting], answers: list[list[Any]]) -> set[str]:

@@ -47,9 +47,9 @@ class Applier:
         corrections_due: asyncio.Event,
         announcer: Announcer,
         max_operations: int = MAX_OPERATIONS,
-        following: Callable[[Sequence[JournalEntry]], None] | None = None,
+        hearers: Sequence[Callable[[Sequence[JournalEntry]], None]] = (),
     ) -> None:
-        self._following = following
+        self._hearers = hearers
         self._parts = parts
         self._announcer = announcer
         self._partition = partition
@@ -148,8 +148,8 @@ class Applier:
         self._on_applied(Position(self._partition, epoch, applied.sequence))
         if applied.tasks:
             self._tasks_due.set()
-        if self._following is not None:
-            self._following(fresh)
+        for hear in self._hearers:
+            hear(fresh)
         duplicates = sum(refusal.reason == "duplicate" for refusal in applied.refusals)
         lag = max(0.0, time.time() - fresh[-1].at_ms / 1000) if fresh else 0.0
         parts.metrics.record(

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("",),  # the public face, inventory_sdk/__init__.py
     ("web.middleware",),  # part of the face
     ("inventory",),
-    ("traffic", "gray", "hotspot", "verify", "redistribute", "reconcile", "stock.aspect"),
+    ("traffic", "gray", "hotspot", "verify", "redistribute", "reconcile", "alerts", "stock.aspect"),
     ("beside",),
     ("sync",),
     ("stock", "ledger"),
