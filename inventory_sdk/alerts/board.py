@@ -85,7 +85,7 @@ class Standing:
     def read(cls, text: str | bytes) -> Standing:
         """What ``text`` wrote."""
         *facts, told = json.loads(text)
-        return cls(*facts, tuple(told))
+        return replace(cls(*facts), told=tuple(told))
 
     def alert(self, at: float) -> Alert:
         """What a sink is told of it."""

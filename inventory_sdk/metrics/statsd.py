@@ -46,7 +46,8 @@ class StatsdMetrics(SeriesSink):
         with self._lock:  # several event loops may be in several threads
             super().record(event)
             lines, self._lines = self._lines, []
-        packet, size = [], 0
+        packet: list[bytes] = []
+        size = 0
         for line in lines:
             if packet and size + len(line) > MAX_PACKET:
                 self._send(packet)

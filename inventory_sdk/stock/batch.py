@@ -314,9 +314,9 @@ class Batcher:
         want_body = "1" if self._publish is not None else "0"
         if self._unrecorded:
             self._loop.call_soon(self._record)  # runs while Redis works on this one
-        arguments = (sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations)
+        arguments: list[Any] = [sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations]
         if tracing.active is not None and (carried := tracing.active.carried()):
-            arguments += ("t", carried[tracing.PARENT])
+            arguments += ["t", carried[tracing.PARENT]]
         behind = self._waits.behind({*"".join([item.operation[9] for item in batch])}) if self._waits.used else None
         reply = await partition.wire.run("batch", partition.keys, arguments, behind)
         waited = self._waits.follow(behind) if behind is not None else None
