@@ -251,6 +251,7 @@ metrics = PrometheusMetrics(CollectorRegistry())
 metrics.record(Applied(0, 3, int(sys.argv[1]), 10, 0, 0, 0, 0.1, 0.01))
 metrics.record(LaneUsed("core", 2, 1, 0, 5, 0, (0.2,), {}))
 metrics.record(Behind(0, int(sys.argv[1]), 0, 0.0, 0))
+print("recorded", flush=True)
 sys.stdin.read()
 """
 SCRAPE = """
@@ -264,22 +265,17 @@ print(generate_latest(registry).decode())
 def test_processes_of_one_service_add_up_in_prometheus_multiprocess_mode(tmp_path: Path) -> None:
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
     root = Path(__file__).resolve().parents[2]
-    workers = []
-    for number in (41, 40):
-        worker = subprocess.Popen([sys.executable, "-c", PROCESS, str(number)], env=environment, cwd=root, stdin=subprocess.PIPE)
-        workers.append(worker)
-        before = len(workers)
-        while len({path.name for path in tmp_path.glob("histogram_*.db")}) < before or not list(
-            tmp_path.glob(f"gauge_livemostrecent_{worker.pid}.db")
-        ):
-            assert worker.poll() is None
+    workers: list[subprocess.Popen[bytes]] = []
     try:
-        shown = ""
-        while 'inventory_behind_entries{partition="0"} 40.0' not in shown:
-            assert all(worker.poll() is None for worker in workers)
-            shown = subprocess.run(
-                [sys.executable, "-c", SCRAPE], env=environment, cwd=root, capture_output=True, text=True, check=True
-            ).stdout
+        for number in (41, 40):
+            command = [sys.executable, "-c", PROCESS, str(number)]
+            worker = subprocess.Popen(command, env=environment, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            workers.append(worker)
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"recorded\n"  # the second one's report is the most recent
+        scrape = [sys.executable, "-c", SCRAPE]
+        shown = subprocess.run(scrape, env=environment, cwd=root, capture_output=True, text=True, check=True).stdout
+        assert 'inventory_behind_entries{partition="0"} 40.0' in shown
         assert 'inventory_operations_applied_total{partition="0"} 20.0' in shown
         assert 'inventory_lane_running{lane="core"} 4.0' in shown
         assert 'inventory_lane_wait_seconds_count{lane="core"} 2.0' in shown

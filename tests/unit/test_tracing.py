@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from opentelemetry import trace
@@ -118,20 +119,29 @@ async def test_callers_who_share_a_batch_are_linked_with_it_in_both_directions(s
     assert applied
 
 
-async def test_a_later_batch_of_the_same_task_is_not_a_child_of_the_first_callers_span(seen: Seen) -> None:
+async def test_a_later_batch_of_the_same_task_is_not_a_child_of_the_first_callers_span(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Inventory("memory://", queue="memory://", metrics=[NoMetrics()]) as inventory:
         await inventory.stock.restock([Line("a", 90)], operation_id="in")
+        engine = inventory._running().engine
+        batcher = engine.batcher(engine.home("default"), "default")
+        run, sent = engine.wire.run, asyncio.Event()
+
+        async def held(name: str, *arguments: Any) -> Any:
+            if name == "batch" and not sent.is_set():
+                sent.set()
+                await until(lambda: batcher._waiting)
+            return await run(name, *arguments)
+
+        monkeypatch.setattr(engine.wire, "run", held)
 
         async def traced() -> None:
             with seen.tracer.start_as_current_span("request"):
                 await inventory.stock.deduct([Line("a", 1)])
 
-        async def untraced() -> None:
-            await asyncio.sleep(0)  # the first batch is on its way
-            await asyncio.sleep(0)
-            await inventory.stock.deduct([Line("a", 1)])
-
-        await asyncio.gather(traced(), untraced())
+        first = asyncio.create_task(traced())
+        await sent.wait()
+        # The same task, begun in the first one's context, sends this one too.
+        await asyncio.gather(first, inventory.stock.deduct([Line("a", 1)]))
         await inventory.settled()
     assert [dict(span.attributes or {})["inventory.operations"] for span in seen.named("inventory batch")] == [1]
     assert len(seen.named("inventory publish")) == 1
