@@ -167,6 +167,11 @@ def test_counters_add_up_and_gauges_are_set(bench: Bench) -> None:
     assert bench.found("retries", {"what": "redis", "reason": "lost"}) == 2
 
 
+def test_an_event_with_many_numbers_arrives_whole(bench: Bench) -> None:
+    bench.sink.record(LaneUsed("core", 3, 2, 1, 40, 1, (0.5,) * 300, {}))
+    assert bench.found("lane_wait_seconds", {"lane": "core"}) == pytest.approx(150)
+
+
 def test_an_event_of_a_later_release_is_none_of_its_business(bench: Bench) -> None:
     later: Any = object()
     bench.sink.record(later)
