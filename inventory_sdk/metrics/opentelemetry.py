@@ -31,7 +31,7 @@ class OpenTelemetryMetrics(SeriesSink):
         for series in all_series():
             name = f"inventory.{series.name}"
             if series.kind == "counter":
-                self._counters[series] = meter.create_counter(name, "1", series.what)
+                self._counters[series] = meter.create_counter(name, series.unit or "1", series.what)
             elif series.kind == "gauge":
                 self._gauges[series] = {}
                 meter.create_observable_gauge(name, [partial(self._observed, series)], series.unit or "1", series.what)

@@ -47,7 +47,8 @@ class PrometheusMetrics(SeriesSink):
 
     def opened(self, series: Series, labels: tuple[str, ...]) -> Write:
         """The labelled child's own method."""
-        child = self._all[series].labels(*labels)
+        collector = self._all[series]
+        child = collector.labels(*labels) if labels else collector
         if isinstance(child, Counter):
             return child.inc
         return child.set if isinstance(child, Gauge) else child.observe

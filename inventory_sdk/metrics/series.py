@@ -21,7 +21,7 @@ Across = Literal["livesum", "livemax", "livemostrecent"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """One name with its labels. ``unit`` is a histogram's or gauge's base unit (``s`` or a word). ``across``: what several processes'
+    """One name with its labels. ``unit`` is its base unit (``s`` or a word; counts have none). ``across``: what several processes'
     gauges of one name make together (prometheus_client's multiprocess mode)."""
 
     name: str
@@ -44,8 +44,8 @@ class Reading(NamedTuple):
     whole: tuple[Series, ...] = ()
 
 
-def _counter(name: str, what: str, *labels: str) -> Series:
-    return Series(name, "counter", what, labels)
+def _counter(name: str, what: str, *labels: str, unit: str = "") -> Series:
+    return Series(name, "counter", what, labels, unit)
 
 
 def _gauge(name: str, what: str, *labels: str, unit: str = "", across: Across = "livesum") -> Series:

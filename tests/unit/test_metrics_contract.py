@@ -107,7 +107,8 @@ def _statsd(tags: bool) -> Iterator[Bench]:
                 if matched[3] == "ms" and "_operations" not in matched[1]:
                     value /= 1000
                 values[key] = value if matched[3] == "g" else values.get(key, 0) + value
-        name = name.removesuffix("_seconds") if not name.startswith("behind") else name
+        if name in {series.name for series in all_series() if series.kind == "histogram"}:
+            name = name.removesuffix("_seconds")  # StatsD's own word for it is a timer
         if tags:
             return values.get(f"inventory.{name}" + ("|#" + ",".join(f"{key}:{value}" for key, value in labels.items()) if labels else ""))
         return values.get(".".join([f"inventory.{name}", *(value or "none" for value in labels.values())]))
@@ -145,7 +146,7 @@ def test_every_series_is_written_by_some_event() -> None:
 def test_the_series_are_in_base_units_with_bounded_labels() -> None:
     for series in all_series():
         assert re.fullmatch(r"[a-z]+(_[a-z]+)*", series.name)
-        assert not re.search(r"milli|micro|minutes|percent|_ms$|_total$|_count$|_sum$", series.name)
+        assert not re.search(r"milli|micro|minutes|_ms$|_total$|_count$|_sum$", series.name)
         assert series.name.endswith("_seconds") == (series.unit == "s")
         assert (series.kind == "histogram") == bool(series.buckets)
         if {"sku", "merchant"} & set(series.labels):
@@ -215,6 +216,18 @@ def test_a_series_with_a_row_per_sku_has_the_top_rows_of_its_last_event_only(mon
             assert not bench.found("hot_rate", {"sku": "sku4"})
             record(Top({}))
             assert not bench.found("hot_rate", {"sku": "sku3"})
+
+
+def test_a_series_needs_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Series("plain_seconds", "gauge", "Seconds.", (), "s")
+    monkeypatch.setitem(TABLE, Top, Reading(lambda event: [(plain, (), event.rows["only"])]))
+    for module in ("prometheus", "opentelemetry"):
+        monkeypatch.setattr(f"inventory_sdk.metrics.{module}.all_series", lambda: [*all_series(), plain])
+    for make in SINKS:
+        for bench in make():
+            record: Any = bench.sink.record
+            record(Top({"only": 7.0}))
+            assert bench.found("plain_seconds", {}) == 7
 
 
 def test_an_agent_that_is_away_costs_nothing_but_the_numbers() -> None:
