@@ -15,7 +15,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from inventory_sdk import Inventory, Lane
+from inventory_sdk import Inventory, Lane, tracing
 from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.metrics.prometheus import PrometheusMetrics
 
@@ -133,6 +133,16 @@ SAME_FEATURES = ("hyx bulkhead", "hyx timeout", "prometheus counter")
 """What does, one by one, what our lane and its metrics do."""
 
 
+def trace(how: str) -> None:
+    """Spans are made and go nowhere: what is left is what making them costs."""
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
+
+    provider = TracerProvider(sampler=ALWAYS_ON if how == "recorded" else ALWAYS_OFF)
+    provider.add_span_processor(SpanProcessor())
+    tracing.enable(provider)
+
+
 async def seconds_of(function: Function, calls: int) -> float:
     """For so many calls."""
     started = time.perf_counter()
@@ -179,5 +189,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--calls", type=int, default=20_000, help="calls per turn (default %(default)s)")
     parser.add_argument("--turns", type=int, default=9, help="turns of each (default %(default)s)")
+    parser.add_argument("--tracing", choices=["off", "unsampled", "recorded"], default="off", help="of our aspects (default %(default)s)")
     given = parser.parse_args()
+    if given.tracing != "off":
+        trace(given.tracing)
     asyncio.run(main(given.calls, given.turns))

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inventory_sdk.ledger.protocol import Ledger
 from inventory_sdk.metrics import Metrics
+from inventory_sdk.model import JournalEntry
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.sync.queues.protocol import Queue
 from inventory_sdk.sync.watermark import Watermark
@@ -24,7 +25,8 @@ class Ground:
 
     ``client`` is for plain commands (bytes, RESP2, nothing retried); keys begin with ``{namespace}:`` and the part's name.
     ``tell`` calls the service's ``on`` handlers. ``failed`` is for a background task that died: the Inventory raises it then.
-    ``embedded``: everything is in this process, worker included.
+    ``embedded``: everything is in this process, worker included. What is put into ``applied`` at the start hears of every journal
+    entry that a worker of this event loop has applied, at once and between two transactions: it must neither wait nor raise.
     """
 
     namespace: str
@@ -37,6 +39,7 @@ class Ground:
     tell: Callable[[str, Mapping[str, Any]], Awaitable[None]]
     failed: Callable[[BaseException], None]
     embedded: bool
+    applied: list[Callable[[Sequence[JournalEntry]], None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

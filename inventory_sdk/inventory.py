@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from weakref import WeakKeyDictionary
 
+from inventory_sdk.alerts.alerts import Alerts
 from inventory_sdk.beside import Beside
 from inventory_sdk.errors import InvalidOperation, InventoryError, NotStarted
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
@@ -90,7 +91,8 @@ class Inventory(StockDecorators):
         if type(replicas) is not int or not 1 <= replicas <= MAX_REPLICAS:
             raise InvalidOperation("replicas", replicas, f"must be a whole number from 1 to {MAX_REPLICAS}")
         self._servers = servers_for(redis, queue, database)
-        self._metrics = _sink(metrics)
+        self.alerts = Alerts(namespace, lambda: self.stock)
+        self._metrics = Fanout([*_sinks(metrics), self.alerts])
         declared = lanes if lanes is not None else {"core": Lane(), "batch": Lane(max_concurrency=4)}
         self.lanes = Lanes(declared, self._metrics)
         self._settings = StockSettings(
@@ -107,7 +109,7 @@ class Inventory(StockDecorators):
         self._merchant = merchant
         self._durability: str | None = durability
         self._ledger_part = self._servers.make_ledger(table_prefix, admission)
-        self._beside: list[Beside] = []
+        self._beside: list[Beside] = [self.alerts]
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -340,9 +342,9 @@ class Inventory(StockDecorators):
         await self._hooks.tell(name, facts)
 
 
-def _sink(metrics: Sequence[Metrics] | None) -> Metrics:
-    if metrics is None:
-        from inventory_sdk.metrics.prometheus import PrometheusMetrics
+def _sinks(metrics: Sequence[Metrics] | None) -> Sequence[Metrics]:
+    if metrics is not None:
+        return metrics
+    from inventory_sdk.metrics.prometheus import PrometheusMetrics
 
-        return PrometheusMetrics()
-    return metrics[0] if len(metrics) == 1 else Fanout(metrics)
+    return [PrometheusMetrics()]

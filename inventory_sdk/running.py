@@ -168,6 +168,7 @@ class Running:
             on_event=self._hooks.tell,
             on_failure=self._failed,
             tasks=self._later if len(self._later) else None,
+            on_entries=tuple(self.ground.applied),
             jobs=[job for each in self._beside for job in each.jobs(self.ground)],
             **options,
         )

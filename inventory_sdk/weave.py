@@ -23,6 +23,8 @@ from typing import Any, Final, Protocol
 
 import wrapt
 
+from inventory_sdk import tracing
+
 Proceed = Callable[["Call"], Awaitable[Any]]
 
 
@@ -245,12 +247,14 @@ class Woven(wrapt.FunctionWrapper[..., Any]):
         chain = site.chain
 
         def enter(function: Any, instance: Any, args: Any, kwargs: Any) -> Awaitable[Any]:
+            if tracing.active is not None:
+                return tracing.active.call(site.label, chain, Call(site, function, instance, args, kwargs))
             return chain(Call(site, function, instance, args, kwargs))
 
         receiver = getattr(wrapped, "__self__", None)
 
         def enter_unbound(*args: Any, **kwargs: Any) -> Awaitable[Any]:
-            return chain(Call(site, wrapped, receiver, args, kwargs))
+            return enter(wrapped, receiver, args, kwargs)
 
         super().__init__(wrapped, enter)
         self._self_site = site

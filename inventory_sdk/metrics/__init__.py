@@ -1,9 +1,34 @@
-"""Where the SDK's numbers go: one Protocol, small frozen events, sinks for Prometheus and for nowhere, and a fan-out."""
+"""Where the SDK's numbers go: one Protocol, small frozen events, sinks for Prometheus, OpenTelemetry,
+StatsD and for nowhere, and a fan-out."""
 
 from __future__ import annotations
 
-from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, LaneUsed, Metrics, Published, Retried
+from inventory_sdk.metrics.events import (
+    Alerting,
+    Applied,
+    BatchSent,
+    Behind,
+    Event,
+    Happened,
+    LaneUsed,
+    Metrics,
+    Published,
+    Retried,
+)
 from inventory_sdk.metrics.fanout import Fanout
 from inventory_sdk.metrics.nothing import NoMetrics
 
-__all__ = ["Applied", "BatchSent", "Event", "Fanout", "Happened", "LaneUsed", "Metrics", "NoMetrics", "Published", "Retried"]
+__all__ = [
+    "Alerting",
+    "Applied",
+    "BatchSent",
+    "Behind",
+    "Event",
+    "Fanout",
+    "Happened",
+    "LaneUsed",
+    "Metrics",
+    "NoMetrics",
+    "Published",
+    "Retried",
+]

@@ -88,7 +88,27 @@ class LaneUsed:
     """Calls refused at the door, by reason: ``queue_full``, ``predicted_wait``, ``waited``, ``deadline``."""
 
 
-Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """How far the ledger is behind one partition's journal, about once a second from each worker: ``entries`` exactly,
+    ``operations`` exactly up to a few hundred entries and by their average beyond, ``seconds`` the age of the oldest by Redis' clock.
+    ``journal``: the entries that Redis keeps, applied ones too."""
+
+    partition: int
+    entries: int
+    operations: int
+    seconds: float
+    journal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alerting:
+    """Business alerts that fire, by rule; every rule is in it."""
+
+    firing: Mapping[str, int]
+
+
+Event = BatchSent | Published | Applied | Behind | Retried | Happened | LaneUsed | Alerting
 
 
 class Metrics(Protocol):

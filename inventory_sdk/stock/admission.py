@@ -26,6 +26,7 @@ from inventory_sdk.stock.batch import (
     PIN,
     REPLAY,
     SHORT,
+    TAKES,
     TOO_LATE,
     Answer,
     Answered,
@@ -70,6 +71,7 @@ class Direct:
         self._seen: dict[str, tuple[bool, float]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.busy = self._default
+        self.answered: Callable[[str, bool], None] | None = None
         """Whether ``expects`` could say yes: what a call asks first, because it is almost never so."""
 
     # Where a process believes it is -------------------------------------------------------------------------------------------------
@@ -163,6 +165,8 @@ class Direct:
             self._loader.unknown(found.details)
             raise UnknownStock(*split_key(found.details[0]))
         self.note(fields, merchant, True)
+        if self.answered is not None and kind in TAKES and found.code != "pinned":
+            self.answered(merchant, found.code in ("done", "replay"))
         self._tell(partition, kind, found.code, time.perf_counter() - started)
         position = found.position or Position(partition.number, 0, 0)
         return _answer(found), Answered(position, None)

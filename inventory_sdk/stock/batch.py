@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic_core import from_json, to_json
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
+from inventory_sdk import tracing
 from inventory_sdk.errors import InventoryError, JournalFull, OutcomeUnknown, Overloaded, StockFrozen
 from inventory_sdk.metrics.events import BatchSent, Metrics, Retried
 from inventory_sdk.model import Position
@@ -78,6 +79,9 @@ _REASONS: Final = {
     GIVEN_UP: "part_given_up",
 }
 
+TAKES: Final = frozenset({"reserve", "deduct", "adjust"})
+UNANSWERED: Final = frozenset({NOT_LOADED, PIN, ASK_LEDGER, AWAY})
+"""Answers after which the same operation is asked again, here or elsewhere."""
 GIVE: Final = frozenset({"release", "expire", "undo", "void"})
 """Kinds that make units available again, and are in the script's ``givers`` until they are confirmed."""
 _PROCESS: Final = secrets.token_hex(4)
@@ -121,13 +125,14 @@ Answer = tuple[list[Any], Answered]
 
 
 class _Waiting:
-    __slots__ = ("future", "lines", "operation", "orphaned")
+    __slots__ = ("future", "lines", "operation", "orphaned", "span")
 
     def __init__(self, operation: list[Any], future: asyncio.Future[Answer], orphaned: Callable[[Answer], None] | None) -> None:
         self.operation = operation
         self.future = future
         self.orphaned = orphaned
         self.lines = len(operation[3]) // 2
+        self.span = None if tracing.active is None else tracing.active.asking(operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +171,7 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._task: asyncio.Task[None] | None = None
         self._unrecorded: list[BatchSent] = []
+        self.answered: Callable[[str, bool], None] | None = None
         self._loop = asyncio.get_running_loop()
 
     def submit(self, operation: list[Any], orphaned: Callable[[Answer], None] | None = None) -> asyncio.Future[Answer]:
@@ -201,7 +207,12 @@ class Batcher:
         try:
             while self._waiting:
                 batch = self._cut()
-                if batch:
+                if not batch:
+                    continue
+                if tracing.active is None:
+                    await self._send(batch)
+                    continue
+                with tracing.active.batch((item.span for item in batch), self.partition.number, self.lane, len(batch)):
                     await self._send(batch)
         except BaseException as error:
             # Whatever stops this task must reach every caller: nobody waits for ever.
@@ -303,7 +314,9 @@ class Batcher:
         want_body = "1" if self._publish is not None else "0"
         if self._unrecorded:
             self._loop.call_soon(self._record)  # runs while Redis works on this one
-        arguments = (sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations)
+        arguments: list[Any] = [sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations]
+        if tracing.active is not None and (carried := tracing.active.carried()):
+            arguments += ["t", carried[tracing.PARENT]]
         behind = self._waits.behind({*"".join([item.operation[9] for item in batch])}) if self._waits.used else None
         reply = await partition.wire.run("batch", partition.keys, arguments, behind)
         waited = self._waits.follow(behind) if behind is not None else None
@@ -418,6 +431,8 @@ class Batcher:
         accepted: dict[str, int] = {}
         refused: dict[str, int] = {}
         replayed = 0
+        if self.answered is not None:
+            _tell_takes(self.answered, batch, answers)
         for item, answer in zip(batch, answers, strict=True):
             code = answer[0]
             if code <= DONE:
@@ -428,6 +443,8 @@ class Batcher:
             else:
                 reason = _REASONS[code]
                 refused[reason] = refused.get(reason, 0) + 1
+        if accepted and tracing.active is not None:
+            tracing.active.journaled(epoch, sequence)
         if accepted and self._publish is not None:
             confirmed = self._publish(self.partition.number, epoch, sequence, body.decode())
             if self._givers is not None and not GIVE.isdisjoint(accepted):
@@ -460,6 +477,13 @@ class Batcher:
                 item.future.set_exception(OutcomeUnknown(_name(item.operation), reason))
             else:
                 item.future.set_exception(_copy(error, cause))
+
+
+def _tell_takes(answered: Callable[[str, bool], None], batch: list[_Waiting], answers: list[list[Any]]) -> None:
+    for item, answer in zip(batch, answers, strict=True):
+        kind, key = item.operation[:2]
+        if kind in TAKES and answer[0] not in UNANSWERED:
+            answered(key.partition("\x1f")[0], answer[0] <= REPLAY)
 
 
 def _given_back(batch: list[_Waiting], answers: list[list[Any]]) -> set[str]:

@@ -56,6 +56,7 @@ EVENTS: Mapping[str, str] = {
     "mismatch": "a verified function did not move what it was asked to",
     "hot": "a SKU became hot",
     "cool": "a SKU is no longer hot",
+    "alert": "a business alert fires, or is over",
 }
 """What ``on`` takes."""
 

@@ -81,6 +81,7 @@ class Engine:
         self._batchers: dict[tuple[int, str], Batcher] = {}
         self._shares = {lane: asyncio.Semaphore(most) for lane, most in settings.connections.items()}
         self._on_refused = on_refused
+        self._answered: Callable[[str, bool], None] | None = None
         self.kept = {"redis"}
         """Durability levels that are known to be kept here."""
         self.asking = asyncio.Lock()
@@ -100,6 +101,12 @@ class Engine:
             partial(resolve, self),
         )
 
+    def tell_takes(self, answered: Callable[[str, bool], None]) -> None:
+        """``answered`` hears of every take from now on: its merchant, and whether it was accepted. It must neither wait nor raise."""
+        self._answered = self.direct.answered = answered
+        for batcher in self._batchers.values():
+            batcher.answered = answered
+
     def home(self, merchant: str) -> Partition:
         """The partition of a merchant."""
         return self.partitions[partition_of(merchant, len(self.partitions))]
@@ -112,6 +119,7 @@ class Engine:
             parts = (partition, lane, self.metrics, self.publish, self.settings.journal_cap, self._on_refused, self.waits, self.givers)
             share = self._shares.get(lane)
             batcher = Batcher(*parts) if share is None else SharingBatcher(share, *parts)
+            batcher.answered = self._answered
             self._batchers[key] = batcher
         return batcher
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from inventory_sdk import tracing
 from inventory_sdk.ledger.protocol import (
     Applied,
     EpochClosed,
@@ -46,9 +47,9 @@ class Applier:
         corrections_due: asyncio.Event,
         announcer: Announcer,
         max_operations: int = MAX_OPERATIONS,
-        following: Callable[[Sequence[JournalEntry]], None] | None = None,
+        hearers: Sequence[Callable[[Sequence[JournalEntry]], None]] = (),
     ) -> None:
-        self._following = following
+        self._hearers = hearers
         self._parts = parts
         self._announcer = announcer
         self._partition = partition
@@ -71,6 +72,11 @@ class Applier:
         old = buffer.old()
         if not (run or old or lost):
             return False
+        traced = buffer.headers(run) if tracing.active is not None else ()
+        with tracing.applying(traced, partition=self._partition, epoch=buffer.epoch, entries=len(run)):
+            return await self._commit(buffer, run, old, lost)
+
+    async def _commit(self, buffer: Buffer, run: list[JournalEntry], old: list[JournalEntry], lost: Sequence[int]) -> bool:
         parts = self._parts
         backoff = parts.backoff()
         named: tuple[int, str] | None = None
@@ -79,7 +85,8 @@ class Applier:
             started = time.monotonic()
             entries = [*old, *run]
             try:
-                applied = await parts.ledger.apply(self._partition, buffer.epoch, entries, parts.writes_stock, lost)
+                with tracing.transaction():
+                    applied = await parts.ledger.apply(self._partition, buffer.epoch, entries, parts.writes_stock, lost)
                 break
             except WatermarkMoved:
                 before = buffer.watermark
@@ -141,8 +148,8 @@ class Applier:
         self._on_applied(Position(self._partition, epoch, applied.sequence))
         if applied.tasks:
             self._tasks_due.set()
-        if self._following is not None:
-            self._following(fresh)
+        for hear in self._hearers:
+            hear(fresh)
         duplicates = sum(refusal.reason == "duplicate" for refusal in applied.refusals)
         lag = max(0.0, time.time() - fresh[-1].at_ms / 1000) if fresh else 0.0
         parts.metrics.record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from inventory_sdk.ledger.protocol import ForkFound
@@ -130,6 +130,10 @@ class Buffer:
     def body(self, sequence: int) -> str:
         """The text of a waiting entry."""
         return self._bodies[sequence]
+
+    def headers(self, entries: Sequence[JournalEntry]) -> list[Mapping[str, str]]:
+        """What came along with the messages of these entries."""
+        return [message.headers for entry in entries for message in self._messages.get(entry.sequence, ()) if message.headers]
 
     def moved(self, watermark: int, applied: Sequence[JournalEntry] = ()) -> None:
         """The ledger's watermark is here now. What is at or below it and was compared (``applied``) can be acknowledged;

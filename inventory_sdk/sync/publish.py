@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from inventory_sdk import tracing
 from inventory_sdk.metrics.events import Metrics, Published, Retried
 from inventory_sdk.sync.backoff import Backoff
 from inventory_sdk.sync.queues.loops import PerLoop
@@ -133,7 +134,8 @@ class Publisher:
         started = asyncio.get_running_loop().time()
         failed = "error"
         try:
-            await self._attempt(traffic, publication, started + self._timeout)
+            with tracing.current() as headers:
+                await self._attempt(traffic, publication, started + self._timeout, headers)
             failed = ""
         except Unroutable:
             failed = "returned"
@@ -154,7 +156,7 @@ class Publisher:
             self._failing = False
             log.info("the queue confirms again")
 
-    async def _attempt(self, traffic: _Traffic, publication: Publication, deadline: float) -> None:
+    async def _attempt(self, traffic: _Traffic, publication: Publication, deadline: float, headers: Mapping[str, str] | None) -> None:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout_at(deadline):
@@ -168,7 +170,10 @@ class Publisher:
                 # Half of what is left, so that an attempt that hangs in a dead connection leaves time for one in a new one.
                 share = remaining / 2 if backoff.attempts + 1 < ATTEMPTS else remaining
                 try:
-                    await self._queue.publish(*publication.position, publication.body, share)
+                    if headers is None:
+                        await self._queue.publish(*publication.position, publication.body, share)
+                    else:
+                        await self._queue.publish(*publication.position, publication.body, share, headers=headers)
                     return
                 except Unroutable:
                     raise  # the epoch is fenced: it will not be let in later either

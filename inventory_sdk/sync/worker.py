@@ -13,10 +13,11 @@ from typing import Any, Final, Protocol, Self
 
 from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics import Metrics, NoMetrics
-from inventory_sdk.model import Position
+from inventory_sdk.model import JournalEntry, Position
 from inventory_sdk.sync.announcing import Announcer
 from inventory_sdk.sync.applier import MAX_OPERATIONS, Applier
 from inventory_sdk.sync.corrections import CREDIT_GRACE, Corrections
+from inventory_sdk.sync.depth import Depth
 from inventory_sdk.sync.follower import IDLE, REBIND, TAKE_OVER, Follower
 from inventory_sdk.sync.following import Following
 from inventory_sdk.sync.housekeeping import PERIOD, STALE_AGE, Housekeeping
@@ -50,10 +51,10 @@ class Job(Protocol):
 class Worker:
     """Runs in one event loop, several partitions at once; other workers may run on the same partitions. Times are in seconds.
 
-    ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``,
-    ``recovered``, ``lost``, ``fork``, ``late_entry``, ``unreadable`` and ``writes_stock_failed``. ``publish_timeout``
-    is what callers give a message: a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at
-    once. ``jobs`` run beside the rest and end when their event is set. A task of its own that dies is logged, counted
+    ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``, ``recovered``,
+    ``lost``, ``fork``, ``late_entry``, ``unreadable`` and ``writes_stock_failed``. ``publish_timeout`` is what callers give a message:
+    a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at once, ``on_entries`` of every entry
+    behind it. ``jobs`` run beside the rest and end when their event is set. A task of its own that dies is logged, counted
     (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
 
     def __init__(
@@ -86,6 +87,7 @@ class Worker:
         longest_delay: float = 5.0,
         publish_timeout: float = PUBLISH_TIMEOUT,
         jobs: Sequence[Job] = (),
+        on_entries: Sequence[Callable[[Sequence[JournalEntry]], None]] = (),
     ) -> None:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self.failure: BaseException | None = None
@@ -128,15 +130,17 @@ class Worker:
             else None
         )
         self._jobs = tuple(jobs)
+        self._depth = Depth(parts, partitions)
         self._following = Following(parts)
         self._wakes.append(self._following.due)
+        hearers = (self._following.applied, *on_entries)
         self._rooms: list[tuple[int, Follower, Corrections, Housekeeping, asyncio.Event]] = []
         self._announcers: list[Announcer] = []
         for partition in partitions:
             signed, corrections_due = asyncio.Event(), asyncio.Event()
             announcer = Announcer(parts, partition)
             self._announcers.append(announcer)
-            applier = Applier(parts, partition, on_applied, tasks_due, corrections_due, announcer, max_operations, self._following.applied)
+            applier = Applier(parts, partition, on_applied, tasks_due, corrections_due, announcer, max_operations, hearers)
             follower = Follower(parts, partition, applier, signed, idle=idle, take_over=take_over, rebind=rebind)
             corrections = Corrections(parts, partition, corrections_due, grace=credit_grace)
             keeper = Housekeeping(parts, partition, period=housekeeping, stale_age=stale_age)
@@ -163,6 +167,7 @@ class Worker:
             self._spawn(f"housekeeping-{partition}", keeper.run())
             self._signs.append(self._spawn(f"heartbeat-{partition}", self._give_signs(partition, follower, signed)))
         self._spawn("following", self._following.run())
+        self._spawn("depth", self._depth.run())
         if self._runner is not None:
             self._spawn("tasks", self._runner.run())
         for job in self._jobs:

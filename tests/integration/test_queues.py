@@ -345,3 +345,17 @@ async def test_check_finds_nothing_wrong(rig: Rig) -> None:
 async def test_deleting_twice_is_no_error(rig: Rig) -> None:
     await rig.queue.delete(PARTITION)
     await rig.queue.delete(PARTITION)
+
+
+async def test_the_headers_of_a_trace_come_along_where_there_is_a_broker(rig: Rig) -> None:
+    await rig.queue.bind(PARTITION, EPOCH)
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "shop=1"}
+    async with rig.queue.consume(PARTITION, EPOCH, 0) as consumer:
+        await rig.send(1)
+        if rig.brokered:
+            await rig.queue.publish(PARTITION, EPOCH, 2, "entry 7-2", LONG, headers=headers)
+        messages: list[Message] = []
+        while len(messages) < (2 if rig.brokered else 1):
+            messages += await consumer.get(LONG)
+        assert [message.headers for message in messages] == [None, headers][: len(messages)]
+        await consumer.ack(messages)

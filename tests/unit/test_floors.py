@@ -19,13 +19,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("",),  # the public face, inventory_sdk/__init__.py
     ("web.middleware",),  # part of the face
     ("inventory",),
-    ("traffic", "gray", "hotspot", "verify", "redistribute", "reconcile", "stock.aspect"),
+    ("traffic", "gray", "hotspot", "verify", "redistribute", "reconcile", "alerts", "stock.aspect"),
     ("beside",),
     ("sync",),
     ("stock", "ledger"),
     ("selectors", "sessions"),
     ("weave", "metrics"),
-    ("context",),
+    ("context", "tracing"),
     ("model", "errors"),
 )
 """Top to bottom. A room is a module or a package; the longest match wins, so ``stock.aspect`` stands above ``stock``."""
@@ -62,13 +62,14 @@ OUTSIDE = {
     "aio_pika": ("sync",),
     "tenacity": ("sync", "stock"),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
+    "opentelemetry": ("metrics", "tracing"),
     "pytest": ("testing",),
     "pytest_asyncio": ("testing",),
 }
 """Which rooms may know an outside library at all: the others get it behind a protocol."""
 
 SUBROOMS = {
-    "sync.queues": ("sync.backoff", "stock.journal", "model", "errors", "context", "metrics"),
+    "sync.queues": ("sync.backoff", "stock.journal", "model", "errors", "context", "metrics", "tracing"),
     "stock.journal": ("model", "errors"),
     "ledger.protocol": ("model", "errors"),
     "metrics.events": (),

@@ -22,6 +22,7 @@
 --         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider,
 --         "s" stand in for a reserve that was lost: take the lines that the call names
 --         what sells: flag may hold "Q": at durability queue, so it rests on what gave its stock back; "W" and "A" are the client's
+--       8... more fields of the journal's entry, by turns name and value: 't' and the traceparent of the batch, where it is traced
 --
 -- Reply, one string of lines: status, now ms, epoch, sequence, results JSON, body (parsing one string costs a client the least),
 -- and only where an operation with "Q" rests on entries that the queue has not confirmed: JSON [field, givers, ...]
@@ -86,7 +87,7 @@ if lone and lone[1] == 'deduct' and #lone[4] == 2 and not lone[11] then
   local left = there and tonumber(there) - line[2]
   if left and left >= 0 and not call('HGET', current, key) and not call('HGET', previous, key) then
     local body = entry({{'deduct', key, lone[3], line, {left}, lone[5], lone[6], 0, lone[8]}})
-    call('XADD', KEYS[10], position, 'b', body)
+    call('XADD', KEYS[10], position, 'b', body, unpack(ARGV, 8))
     seq = int(tonumber(seq) + 1)
     call('HSET', KEYS[1], 'seq', seq)
     call('HSET', KEYS[2], line[1], left)
@@ -875,7 +876,7 @@ end
 local body = ''
 if #journal > 0 then
   body = entry(journal)
-  call('XADD', KEYS[10], position, 'b', body)
+  call('XADD', KEYS[10], position, 'b', body, unpack(ARGV, 8))
   seq = int(tonumber(seq) + 1)
   call('HSET', KEYS[1], 'seq', seq)
 

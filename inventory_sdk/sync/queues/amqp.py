@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import aio_pika
@@ -97,9 +97,11 @@ class AmqpQueue:
             queue = await channel.get_queue(self._topology.queue(partition), ensure=False)
             await queue.unbind(self._topology.journal, self._topology.key(partition, epoch))
 
-    async def publish(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:
+    async def publish(
+        self, partition: int, epoch: int, sequence: int, body: str, timeout: float, *, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Persistent, mandatory, confirmed; or ``PublishFailed``. Also waits for its turn within ``timeout``."""
-        message = compose("entry", partition, epoch, sequence, body)
+        message = compose("entry", partition, epoch, sequence, body, headers)
         await self._links.get().send("entries", self._topology.journal, self._topology.key(partition, epoch), message, timeout)
 
     async def deliver(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:

@@ -21,6 +21,7 @@ from aiormq.abc import DeliveredMessage
 
 from inventory_sdk.stock.journal import VERSION
 from inventory_sdk.sync.queues.protocol import Message, QueueMisconfigured
+from inventory_sdk.tracing import HEADERS
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ async def declare_exchanges(channel: AbstractChannel, topology: Topology) -> Non
     await channel.declare_exchange(topology.applied, aio_pika.ExchangeType.TOPIC, durable=True)
 
 
-def compose(kind: str, partition: int, epoch: int, sequence: int, body: str) -> aio_pika.Message:
-    """The message; ``kind`` is ``entry``, ``marker`` or ``applied``."""
+def compose(kind: str, partition: int, epoch: int, sequence: int, body: str, more: Mapping[str, str] | None = None) -> aio_pika.Message:
+    """The message; ``kind`` is ``entry``, ``marker`` or ``applied``; ``more``: the headers of a trace."""
     return aio_pika.Message(
         body.encode(),
         delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
@@ -121,7 +122,7 @@ def compose(kind: str, partition: int, epoch: int, sequence: int, body: str) -> 
         message_id=f"{partition}/{epoch}-{'end' if kind == 'marker' else sequence}",
         type=kind,
         app_id="inventory_sdk",
-        headers={"partition": partition, "epoch": epoch, "sequence": sequence, "version": VERSION},
+        headers={**(more or {}), "partition": partition, "epoch": epoch, "sequence": sequence, "version": VERSION},
     )
 
 
@@ -144,4 +145,5 @@ def parse(delivered: DeliveredMessage, partition: int, tag: object) -> Message:
         raise Unparseable(f"the body is not UTF-8: {error}") from error
     redelivered = bool(getattr(delivered.delivery, "redelivered", False))
     marker = properties.message_type == "marker"
-    return Message(partition, epoch, sequence, body, tag, marker, redelivered)
+    traced = {name: value for name in HEADERS if type(value := headers.get(name)) is str}
+    return Message(partition, epoch, sequence, body, tag, marker, redelivered, traced or None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -106,11 +106,13 @@ class MemoryQueue:
         """Return later messages of this epoch."""
         self._partition(partition).bound.discard(epoch)
 
-    async def publish(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:
+    async def publish(
+        self, partition: int, epoch: int, sequence: int, body: str, timeout: float, *, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Taken at once, or ``Unroutable``."""
         if epoch not in self._partition(partition).bound:
             raise Unroutable(f"journal entry {partition}/{epoch}-{sequence} was returned: epoch {epoch} is not bound")
-        await self.deliver(partition, epoch, sequence, body, timeout)
+        self._put(Message(partition, epoch, sequence, body, self._next_tag(), headers=headers))
 
     async def deliver(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:
         """Taken at once, bound or not."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,7 +28,8 @@ class QueueMisconfigured(InventoryError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One journal entry on its way. ``tag`` belongs to the queue. ``marker``: the end of ``epoch``; it has no body."""
+    """One journal entry on its way. ``tag`` belongs to the queue. ``marker``: the end of ``epoch``; it has no body. ``headers``: what
+    was published along with it, where the queue carries any."""
 
     partition: int
     epoch: int
@@ -37,6 +38,7 @@ class Message:
     tag: Any = None
     marker: bool = False
     redelivered: bool = False
+    headers: Mapping[str, str] | None = None
 
 
 class Consumer(Protocol):
@@ -71,9 +73,12 @@ class Queue(Protocol):
         """The fence: a later publish for this epoch is returned, so never confirmed. Idempotent."""
         ...
 
-    async def publish(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:
+    async def publish(
+        self, partition: int, epoch: int, sequence: int, body: str, timeout: float, *, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Returns once the queue has confirmed; else ``PublishFailed`` (``Unroutable`` below it). A duplicate is harmless.
-        ``timeout`` is in seconds and is kept, whatever state the connection is in."""
+        ``timeout`` is in seconds and is kept, whatever state the connection is in. ``headers`` (of a trace) come along with the
+        message where the queue can carry them."""
         ...
 
     async def deliver(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from inventory_sdk.metrics.events import Metrics, Retried
 from inventory_sdk.stock.journal import UnreadableEntry
 from inventory_sdk.sync.backoff import Backoff
 from inventory_sdk.sync.queues.protocol import Message, PublishFailed
+from inventory_sdk.tracing import PARENT
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,9 @@ class StreamConsumer:
         try:
             if body is None:
                 raise KeyError("b")
-            return Message(self._partition, int(epoch), int(sequence), _text(body))
+            traced = fields.get(b"t", fields.get("t"))
+            headers = None if traced is None else {PARENT: _text(traced)}
+            return Message(self._partition, int(epoch), int(sequence), _text(body), headers=headers)
         except (KeyError, ValueError) as error:
             # Not passed over: the watermark must not move beyond an entry that nobody has read.
             raise UnreadableEntry(f"journal entry {self._partition}/{place} in {self._key} can't be read: {error!r}") from error
@@ -135,7 +138,9 @@ class StreamQueue:
     async def unbind(self, partition: int, epoch: int) -> None:
         """Nothing to do: the freeze script is the fence."""
 
-    async def publish(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:
+    async def publish(
+        self, partition: int, epoch: int, sequence: int, body: str, timeout: float, *, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Nothing to do: the entry is where the worker reads."""
 
     async def deliver(self, partition: int, epoch: int, sequence: int, body: str, timeout: float) -> None:

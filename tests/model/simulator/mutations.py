@@ -48,7 +48,7 @@ def _attribute(owner: Any, name: str, value: Any) -> Callable[[ExitStack], None]
 
 def _xadd_last(stack: ExitStack) -> None:
     target = script("batch")
-    line = "  call('XADD', KEYS[10], position, 'b', body)\n"
+    line = "  call('XADD', KEYS[10], position, 'b', body, unpack(ARGV, 8))\n"
     end = "  bulk('HSET', KEYS[4], set)\nend\n"
     if line not in target.text or target.text.count(end) != 1:
         raise LookupError("batch.lua writes otherwise now: bring the mutation up to date")

@@ -1,0 +1,191 @@
+"""What there is to measure, once for all sinks: the series, and how each event is read into them.
+
+A new event is one row of ``TABLE`` (and its series above it); no sink has to know it. Base units, names without the sink's prefix,
+labels with few values: a SKU or a merchant is only ever a label of a ``whole`` series, which an event replaces with its few rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple
+
+from inventory_sdk.metrics.events import Alerting, Applied, BatchSent, Behind, Happened, LaneUsed, Published, Retried
+
+SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+LAG_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+COUNTS: Final = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2000)
+
+Across = Literal["livesum", "livemax", "livemostrecent"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Series:
+    """One name with its labels. ``unit`` is its base unit (``s`` or a word; counts have none). ``across``: what several processes'
+    gauges of one name make together (prometheus_client's multiprocess mode)."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    what: str
+    labels: tuple[str, ...]
+    unit: str = ""
+    buckets: tuple[float, ...] = ()
+    across: Across = "livesum"
+
+
+Sample = tuple[Series, tuple[str, ...], float]
+"""Series, label values (as its ``labels``), value: added to a counter, set on a gauge, observed by a histogram."""
+
+
+class Reading(NamedTuple):
+    """How one kind of event is read. ``whole``: series of which each such event brings all rows: others are gone."""
+
+    read: Callable[[Any], Iterable[Sample]]
+    whole: tuple[Series, ...] = ()
+
+
+def _counter(name: str, what: str, *labels: str, unit: str = "") -> Series:
+    return Series(name, "counter", what, labels, unit)
+
+
+def _gauge(name: str, what: str, *labels: str, unit: str = "", across: Across = "livesum") -> Series:
+    return Series(name, "gauge", what, labels, unit, across=across)
+
+
+def _histogram(name: str, what: str, *labels: str, unit: str = "s", buckets: tuple[float, ...] = SECONDS) -> Series:
+    return Series(name, "histogram", what, labels, unit, buckets)
+
+
+ACCEPTED = _counter("operations_accepted", "Operations that Redis accepted.", "kind")
+REFUSED = _counter("operations_refused", "Operations that Redis refused; nothing moved.", "reason")
+REPLAYED = _counter("operations_replayed", "Repeats that were answered with the first receipt.", "lane")
+BATCH_OPERATIONS = _histogram("batch_operations", "Operations in one script call.", "lane", unit="{operation}", buckets=COUNTS)
+BATCH_SECONDS = _histogram("batch_seconds", "Duration of one script call.", "lane")
+
+
+def _batch(event: BatchSent) -> Iterator[Sample]:
+    lane = (event.lane,)
+    yield BATCH_OPERATIONS, lane, event.operations
+    yield BATCH_SECONDS, lane, event.seconds
+    if event.replayed:
+        yield REPLAYED, lane, event.replayed
+    for kind, count in event.accepted.items():
+        yield ACCEPTED, (kind,), count
+    for reason, count in event.refused.items():
+        yield REFUSED, (reason,), count
+
+
+PUBLISHED = _counter("entries_published", "Journal entries that the queue confirmed.", "partition")
+PUBLISH_FAILED = _counter("publish_failures", "Journal entries that the queue did not confirm.", "partition", "reason")
+PUBLISH_SECONDS = _histogram("publish_seconds", "Time until the queue confirmed an entry.", "partition")
+
+
+def _published(event: Published) -> Iterator[Sample]:
+    partition = str(event.partition)
+    if event.failed is not None:
+        yield PUBLISH_FAILED, (partition, event.failed), 1
+        return
+    yield PUBLISHED, (partition,), 1
+    yield PUBLISH_SECONDS, (partition,), event.seconds
+
+
+APPLIED = _counter("operations_applied", "Operations that the ledger committed.", "partition")
+REJECTED = _counter("operations_rejected", "Accepted operations that the ledger rejected (drift).", "partition")
+DUPLICATE = _counter("operations_duplicate", "Accepted repeats that the ledger found and voided.", "partition")
+REDELIVERED = _counter("entries_redelivered", "Journal entries that came again.", "partition")
+APPLY_OPERATIONS = _histogram("apply_operations", "Operations in one ledger transaction.", "partition", unit="{operation}", buckets=COUNTS)
+APPLY_SECONDS = _histogram("apply_seconds", "Duration of one ledger transaction.", "partition")
+APPLY_LAG = _histogram("apply_lag_seconds", "Age of an entry when the ledger committed it.", "partition", buckets=LAG_SECONDS)
+EPOCH = _gauge("applied_epoch", "Epoch of the last journal entry in the ledger.", "partition", across="livemax")
+SEQUENCE = _gauge("applied_sequence", "Sequence, within its epoch, of the last entry in the ledger.", "partition", across="livemostrecent")
+
+
+def _applied(event: Applied) -> Iterator[Sample]:
+    partition = (str(event.partition),)
+    yield APPLIED, partition, event.operations
+    yield REJECTED, partition, event.rejected
+    yield DUPLICATE, partition, event.duplicates
+    yield REDELIVERED, partition, event.redelivered
+    yield APPLY_OPERATIONS, partition, event.operations
+    yield APPLY_SECONDS, partition, event.seconds
+    yield APPLY_LAG, partition, event.lag_seconds
+    yield EPOCH, partition, event.epoch
+    yield SEQUENCE, partition, event.sequence
+
+
+BEHIND_ENTRIES = _gauge("behind_entries", "Journal entries that the ledger has not applied yet.", "partition", across="livemostrecent")
+BEHIND_OPERATIONS = _gauge("behind_operations", "Operations that the ledger has not applied yet.", "partition", across="livemostrecent")
+BEHIND_SECONDS = _gauge(
+    "behind_seconds", "Age of the oldest entry that the ledger has not applied yet.", "partition", unit="s", across="livemostrecent"
+)
+JOURNAL_ENTRIES = _gauge("journal_entries", "Entries that Redis keeps, applied ones too.", "partition", across="livemostrecent")
+
+
+def _behind(event: Behind) -> Iterator[Sample]:
+    partition = (str(event.partition),)
+    yield BEHIND_ENTRIES, partition, event.entries
+    yield BEHIND_OPERATIONS, partition, event.operations
+    yield BEHIND_SECONDS, partition, event.seconds
+    yield JOURNAL_ENTRIES, partition, event.journal
+
+
+RETRIES = _counter("retries", "Attempts that failed and were made again.", "what", "reason")
+EVENTS = _counter("events", "Happenings that may need somebody.", "name", "partition", "reason")
+
+
+def _retried(event: Retried) -> Iterator[Sample]:
+    yield RETRIES, (event.what, event.reason), 1
+
+
+def _happened(event: Happened) -> Iterator[Sample]:
+    labels = event.labels
+    reason = labels.get("reason") or labels.get("why") or labels.get("status") or labels.get("task", "")
+    yield EVENTS, (event.name, labels.get("partition", ""), reason), 1
+
+
+LANE_RUNNING = _gauge("lane_running", "Calls that run in a lane.", "lane")
+LANE_WAITING = _gauge("lane_waiting", "Calls that wait in line for a lane.", "lane")
+LANE_LENT = _gauge("lane_lent", "Slots of a lane that calls of other lanes use.", "lane")
+LANE_ADMITTED = _counter("lane_admitted", "Calls that a lane let in.", "lane")
+LANE_OVERDUE = _counter("lane_deadline_exceeded", "Calls that were ended by their deadline.", "lane")
+LANE_REFUSED = _counter("lane_refused", "Calls that a lane refused at its door.", "lane", "reason")
+LANE_WAIT = _histogram("lane_wait_seconds", "Time that calls waited in line for a lane.", "lane")
+
+
+def _lane(event: LaneUsed) -> Iterator[Sample]:
+    lane = (event.lane,)
+    yield LANE_RUNNING, lane, event.running
+    yield LANE_WAITING, lane, event.waiting
+    yield LANE_LENT, lane, event.lent
+    yield LANE_ADMITTED, lane, event.admitted
+    yield LANE_OVERDUE, lane, event.overdue
+    for seconds in event.waits:
+        yield LANE_WAIT, lane, seconds
+    for reason, count in event.refused.items():
+        yield LANE_REFUSED, (event.lane, reason), count
+
+
+ALERTS_FIRING = _gauge("alerts_firing", "Business alerts that fire now.", "rule", across="livemostrecent")
+
+
+def _alerting(event: Alerting) -> Iterator[Sample]:
+    for rule, count in event.firing.items():
+        yield ALERTS_FIRING, (rule,), count
+
+
+TABLE: Final[dict[type[Any], Reading]] = {
+    BatchSent: Reading(_batch),
+    Published: Reading(_published),
+    Applied: Reading(_applied),
+    Behind: Reading(_behind),
+    Retried: Reading(_retried),
+    Happened: Reading(_happened),
+    LaneUsed: Reading(_lane),
+    Alerting: Reading(_alerting),
+}
+"""Every event that has a series."""
+
+
+def all_series() -> list[Series]:
+    """In the order in which they stand in this file."""
+    return [value for value in globals().values() if isinstance(value, Series)]
