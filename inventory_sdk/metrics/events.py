@@ -88,7 +88,29 @@ class LaneUsed:
     """Calls refused at the door, by reason: ``queue_full``, ``predicted_wait``, ``waited``, ``deadline``."""
 
 
-Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed
+@dataclass(frozen=True, slots=True)
+class GrayRouted:
+    """Calls that went through a gray link to one side within the last second: how many failed, and their seconds together."""
+
+    link: str
+    variant: str
+    calls: int
+    errors: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class GrayRules:
+    """A link's rules took effect in this process."""
+
+    link: str
+    version: int
+    percentage: float
+    killed: bool
+    paused: bool
+
+
+Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed | GrayRouted | GrayRules
 
 
 class Metrics(Protocol):

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, LaneUsed, Published, Retried
+from inventory_sdk.metrics.events import Applied, BatchSent, Event, GrayRouted, GrayRules, Happened, LaneUsed, Published, Retried
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LAG_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
@@ -46,6 +46,13 @@ class _Collectors(NamedTuple):
     lane_overdue: Counter
     lane_refused: Counter
     lane_wait_seconds: Histogram
+    gray_calls: Counter
+    gray_errors: Counter
+    gray_seconds: Counter
+    gray_version: Gauge
+    gray_percentage: Gauge
+    gray_killed: Gauge
+    gray_paused: Gauge
 
 
 _made: WeakKeyDictionary[CollectorRegistry, _Collectors] = WeakKeyDictionary()
@@ -97,6 +104,13 @@ def _make(registry: CollectorRegistry) -> _Collectors:
         lane_overdue=counter("lane_deadline_exceeded", "Calls that were ended by their deadline.", ["lane"]),
         lane_refused=counter("lane_refused", "Calls that a lane refused at its door.", ["lane", "reason"]),
         lane_wait_seconds=histogram("lane_wait_seconds", "Time that calls waited in line for a lane.", ["lane"], SECONDS),
+        gray_calls=counter("gray_calls", "Calls that went through a gray link to one of its sides.", ["link", "variant"]),
+        gray_errors=counter("gray_errors", "Those of them that raised.", ["link", "variant"]),
+        gray_seconds=counter("gray_seconds", "Seconds that they took together.", ["link", "variant"]),
+        gray_version=gauge("gray_rules_version", "Version of the rules that this process goes by.", ["link"]),
+        gray_percentage=gauge("gray_percentage", "Percentage of merchants that the rules send to the candidate.", ["link"]),
+        gray_killed=gauge("gray_killed", "1 while everybody is on the stable side.", ["link"]),
+        gray_paused=gauge("gray_paused", "1 while the percentage may not be raised.", ["link"]),
     )
 
 
@@ -133,6 +147,16 @@ class PrometheusMetrics:
             retries.inc()
         elif isinstance(event, LaneUsed):
             self._lane(event)
+        elif isinstance(event, GrayRouted):
+            # Once a second and side: finding the children costs nothing that matters.
+            self._all.gray_calls.labels(event.link, event.variant).inc(event.calls)
+            self._all.gray_errors.labels(event.link, event.variant).inc(event.errors)
+            self._all.gray_seconds.labels(event.link, event.variant).inc(event.seconds)
+        elif isinstance(event, GrayRules):
+            self._all.gray_version.labels(event.link).set(event.version)
+            self._all.gray_percentage.labels(event.link).set(event.percentage)
+            self._all.gray_killed.labels(event.link).set(event.killed)
+            self._all.gray_paused.labels(event.link).set(event.paused)
         else:
             self._happened(event)
 

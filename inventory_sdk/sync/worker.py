@@ -11,7 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from inventory_sdk.ledger.protocol import Ledger, WritesStock
+from inventory_sdk.ledger.protocol import Ledger, TaskFilter, WritesStock
 from inventory_sdk.metrics import Metrics, NoMetrics
 from inventory_sdk.model import Position
 from inventory_sdk.sync.announcing import Announcer
@@ -53,8 +53,8 @@ class Worker:
     ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``,
     ``recovered``, ``lost``, ``fork``, ``late_entry``, ``unreadable`` and ``writes_stock_failed``. ``publish_timeout``
     is what callers give a message: a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at
-    once. ``jobs`` run beside the rest and end when their event is set. A task of its own that dies is logged, counted
-    (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
+    once. ``jobs`` run beside the rest and end when their event is set. ``serves``: which later-functions it runs, None: all. A task of
+    its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class Worker:
         longest_delay: float = 5.0,
         publish_timeout: float = PUBLISH_TIMEOUT,
         jobs: Sequence[Job] = (),
+        serves: Callable[[], TaskFilter | None] | None = None,
     ) -> None:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self.failure: BaseException | None = None
@@ -123,6 +124,7 @@ class Worker:
                 attempts=task_attempts,
                 first_retry=first_task_retry,
                 last_retry=last_task_retry,
+                serves=serves,
             )
             if tasks is not None
             else None
