@@ -65,11 +65,12 @@ class GrayLinks:
 
     async def start(self, ground: Ground) -> None:
         """Refuse candidates that don't fit (``TypeError``), and learn the rules."""
-        for aspect in self._aspects:
-            aspect.check()
         watch = Watch(ground, self._attributes_of, self._path)
+        # First of all: whatever fails from here on, close() is called and takes it away again.
         self._here.setdefault(asyncio.get_running_loop(), []).append(watch)
         self._last = (None, None)
+        for aspect in self._aspects:
+            aspect.check()
         await watch.start()
 
     async def close(self) -> None:

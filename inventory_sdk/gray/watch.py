@@ -87,10 +87,12 @@ class Watch:
 
     async def close(self) -> None:
         """Hands on what was counted."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        pending = set(self._tasks)
+        while pending:
+            # A client may swallow a cancellation that meets the arrival of its answer: then the task is cancelled once more.
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.1)
         await self.flush()
 
     # What is known ------------------------------------------------------------------------------------------------------------------
