@@ -172,9 +172,13 @@ async def test_whom_the_percentage_reached_stays_when_it_is_lowered(places: Plac
         await one.set("checkout", percentage=0, who="eva", why="no new ones")
         await until(lambda: two.known("checkout").version == 2)
         for here in (one, two):
-            assert {merchant for merchant in map("m{}".format, range(40)) if here.decide("checkout", merchant).reason == "pinned"} == exposed
+            assert {
+                merchant for merchant in map("m{}".format, range(40)) if here.decide("checkout", merchant).reason == "pinned"
+            } == exposed
         async with links(places, namespace) as later:
-            assert {merchant for merchant in map("m{}".format, range(40)) if later.decide("checkout", merchant).reason == "pinned"} == exposed
+            assert {
+                merchant for merchant in map("m{}".format, range(40)) if later.decide("checkout", merchant).reason == "pinned"
+            } == exposed
         await one.kill("checkout", **WHO)
         assert one.decide("checkout", min(exposed)).reason == "killed"
 
