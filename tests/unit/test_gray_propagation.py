@@ -57,9 +57,7 @@ def test_a_header_never_grows_beyond_its_limit() -> None:
 
 
 def test_random_text_is_survived() -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    dice = random.Random(seed)
+    dice = random.Random(20_261_125)
     for _ in range(2_000):
         text = "".join(dice.choice("inventory-gray.ck=:!,;%7m1candidate stable") for _ in range(dice.randrange(60)))
         found(f"inventory-gray.c={text}")
