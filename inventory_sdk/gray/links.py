@@ -153,9 +153,7 @@ class GrayLinks:
             merchant = self.home(None)
         if not merchant:
             return NO_MERCHANT
-        loop, watch = self._last
-        if watch is None or loop is None or loop() is not asyncio.get_running_loop():
-            watch = self._watch()
+        watch = self._watch()
         known = watch.known.get(link)
         carried = context.sides.get()
         if carried is None:
@@ -290,7 +288,10 @@ class GrayLinks:
     # Here -----------------------------------------------------------------------------------------------------------------------------
 
     def _watch(self) -> Watch:
+        last, watch = self._last
         loop = asyncio.get_running_loop()
+        if watch is not None and last is not None and last() is loop:
+            return watch
         watches = self._here.get(loop)
         if not watches:
             raise NotStarted
