@@ -1,8 +1,9 @@
 """What a gray decision costs, beside what one would pick for it: ``python -m benchmarks.gray``.
 
 Every decision is for another of 50,000 merchants, so nobody answers from a memory of the last one. The peers are given their context
-ready made and decide in memory; OpenFeature's in-memory flag is static, it does not even hash. All are measured in turns in one run, in
-processor time of this thread, and the middle turn counts. The peers come with ``pip install --group bench``; one that is missing is named and skipped.
+ready made and decide in memory; OpenFeature's in-memory flag is static, it does not even hash. All are measured in turns in one run,
+in processor time of this thread, and the middle turn counts. The peers come with ``pip install --group bench``; one that is missing is
+named and skipped.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,12 @@ async def test_the_merchant_is_the_requests_where_none_is_selected(inventory: In
     token = context.merchant.set("new")
     assert await slow("o1") == "fast o1"
     context.merchant.reset(token)
+
+
+def test_the_first_example_of_the_guide_runs() -> None:
+    guide = Path(__file__).parents[2] / "docs/how-to/gray-links.md"
+    program = guide.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    exec(compile(program, str(guide), "exec"), {"__name__": "__main__"})
 
 
 class Service:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,6 +29,14 @@ def buckets(link: str) -> list[int]:
 @pytest.mark.parametrize("case", VECTORS["buckets"], ids=lambda case: f"{case['link']}-{case['merchant'][:12]}")
 def test_a_bucket_is_what_the_vectors_say(case: Mapping[str, Any]) -> None:
     assert bucket(case["link"], case["merchant"]) == case["bucket"]
+
+
+def test_the_buckets_in_the_reference_are_those_of_the_vectors() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/gray-decision.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z-]+)` \| `(\w+)` \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) == 3
+    known = {(case["link"], case["merchant"]): case["bucket"] for case in VECTORS["buckets"]}
+    assert {(link, merchant): int(number) for link, merchant, number in rows}.items() <= known.items()
 
 
 @pytest.mark.parametrize("case", VECTORS["decisions"], ids=lambda case: case["why"])

@@ -39,7 +39,7 @@ STOCK = {
     "status": {"operation_id", "merchant"},
 }
 DECORATORS = ("reserves", "deducts", "confirms", "releases", "restocks", "takes_back", "adjusts")
-HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane")
+HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "gray")
 
 
 def parameters(function: Any) -> set[str]:
