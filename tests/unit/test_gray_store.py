@@ -74,6 +74,10 @@ async def test_what_cannot_be_changes_nothing(places: Places, namespace: str) ->
 
 async def test_a_change_is_pushed_to_other_processes(places: Places, namespace: str) -> None:
     async with links(places, namespace) as one, links(places, namespace) as two:
+        for watch in (watch_of(one), watch_of(two)):
+            while (await watch.ground.client.pubsub_numsub(watch.store.channel))[0][1] < 2:
+                await asyncio.sleep(0.005)
+            watch._tasks[1].cancel()  # the poll: it would find the change as well, only later
         await one.set("checkout", percentage=100, **WHO)
         await until(lambda: two.decide("checkout", "m1").variant == "candidate")
         await two.kill("checkout", who="max", why="errors")
