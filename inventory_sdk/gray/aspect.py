@@ -109,14 +109,13 @@ class GrayAspect:
     def bound(self, instance: Any) -> Callable[..., Awaitable[Any]]:
         """The candidate for a call on ``instance`` (a class for classmethods, None for functions)."""
         assert self.site is not None
-        found: Callable[..., Awaitable[Any]]
+        found: Any = self.candidate
         if isinstance(self.candidate, str):
             found = getattr(owner_of(self.site) if instance is None else instance, self.candidate)
-        elif instance is None:
-            found = self.candidate
-        else:
-            found = functools.partial(self.candidate, instance)
-        return found
+        elif instance is not None:
+            found = functools.partial(found, instance)
+        bound: Callable[..., Awaitable[Any]] = found
+        return bound
 
     def check(self) -> None:
         """``TypeError`` for a candidate that can't stand in for the function."""
