@@ -1,12 +1,13 @@
-"""What a request carries along: its merchant, its lane and deadline, and the operation id of its Idempotency-Key. Set by
-middleware and decorators, read by the stock calls and by whatever the service calls further on."""
+"""What a request carries along: its merchant, its lane and deadline, the operation id of its Idempotency-Key, and on which side of
+each gray link it is. Set by middleware and decorators, read by the stock calls and by whatever the service calls further on."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from inventory_sdk.errors import InvalidOperation
 
@@ -84,3 +85,39 @@ class OperationName:
 
 
 operation: Final[ContextVar[OperationName | None]] = ContextVar("inventory_operation", default=None)
+
+
+class Side(NamedTuple):
+    """What was decided for one merchant at one gray link, and the version of the rules that said so."""
+
+    variant: str
+    version: int
+
+
+Sides = dict[tuple[str, str], Side]
+"""By (link, merchant)."""
+
+sides: Final[ContextVar[Sides | None]] = ContextVar("inventory_sides", default=None)
+"""The gray decisions of this request: one dictionary for all that it does; None outside of a request."""
+
+MOST_SIDES: Final = 64
+"""Decisions that travel on. Whoever misses one decides by the same rules."""
+
+
+def packed() -> dict[str, Any] | None:
+    """This context for a message, JSON-able: merchant and gray decisions; None where there is nothing to carry."""
+    known = sides.get()
+    if not known:
+        return None
+    rows = [[link, of, side.variant, side.version] for (link, of), side in list(known.items())[-MOST_SIDES:]]
+    return {"merchant": merchant.get(), "sides": rows}
+
+
+def unpack(document: Mapping[str, Any] | None) -> None:
+    """Take over what ``packed`` made, for the rest of the current task."""
+    if document is None:
+        sides.set({})
+        return
+    if document["merchant"] is not None:
+        merchant.set(document["merchant"])
+    sides.set({(link, of): Side(variant, version) for link, of, variant, version in document["sides"]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 from inventory_sdk.alerts.alerts import Alerts
 from inventory_sdk.beside import Beside
 from inventory_sdk.errors import InvalidOperation, InventoryError, NotStarted
+from inventory_sdk.gray.aspect import GrayAspect
+from inventory_sdk.gray.links import GrayLinks
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Fanout, Metrics
 from inventory_sdk.model import Lane, Line, Position, Receipt, check_text
@@ -50,7 +52,8 @@ class Inventory(StockDecorators):
     for calls that name none; None: ``"queue"`` where one is configured, else ``"redis"``. ``replicas``: how many copies
     ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus'
     default registry. ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with
-    ``JournalFull`` until the worker has caught up.
+    ``JournalFull`` until the worker has caught up. ``gray_snapshot``: a file in which the last rules of the gray links are kept, for a
+    start without Redis.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -73,6 +76,7 @@ class Inventory(StockDecorators):
         redis_timeout: float = 2.0,
         results_window: float = 86_400.0,
         journal_cap: int = 1_000_000,
+        gray_snapshot: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         if type(partitions) is not int or not 1 <= partitions <= MAX_PARTITIONS:
@@ -114,6 +118,9 @@ class Inventory(StockDecorators):
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
         self.stock = Stock(self._engine, merchant=merchant, durability=self._default_durability, reach=self._reach, keeps=self._keeps)
+        self.gray_links = GrayLinks(self._default_merchant, self.stock, self._metrics, gray_snapshot)
+        self._registry.runner = self.gray_links.run_later
+        self._beside.append(self.gray_links)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
@@ -215,12 +222,13 @@ class Inventory(StockDecorators):
         await running.watermark.settled(positions, timeout)
 
     @asynccontextmanager
-    async def worker(self, **options: Any) -> AsyncIterator[Worker]:
+    async def worker(self, *, variant: str | None = None, **options: Any) -> AsyncIterator[Worker]:
         """Apply the journal to the ledger, expire holds, run later-functions, in this event loop, until the block ends.
 
+        ``variant``: run later-functions of merchants on this side of the link only (``gray_links.split_workers``); None: of all.
         ``options`` as for ``sync.worker.Worker``. In ``memory://`` a worker runs inside already.
         """
-        async with self, self._ready().make_worker(**options) as worker:
+        async with self, self._ready().make_worker(serves=self.gray_links.serves(variant), **options) as worker:
             yield worker
 
     @asynccontextmanager
@@ -297,6 +305,22 @@ class Inventory(StockDecorators):
 
         return decorate
 
+    def gray(self, link: str, *, candidate: str | Callable[..., Any], merchant: Selector | None = None) -> Now:
+        """Calls of merchants on the link's candidate go to ``candidate``, an async function of the same signature (for methods: the name
+        of one, or a function that takes ``self``); see ``gray_links``. A plain candidate runs inside this function's other aspects.
+
+        ``merchant``: a selector; without it the stock decorator's, else the request's, else the Inventory's. ``TypeError`` at
+        ``start()`` for a candidate that does something else to stock, or can't be called alike.
+        """
+
+        def decorate(function: Any) -> Any:
+            aspect = GrayAspect(self.gray_links, link, candidate, merchant)
+            woven = weave(function, aspect)
+            self.gray_links.declare(aspect)
+            return woven
+
+        return decorate
+
     # The parts, as they are now --------------------------------------------------------------------------------------------------
 
     def _running(self) -> Running:
@@ -331,6 +355,9 @@ class Inventory(StockDecorators):
     def _stock_acts(self) -> Stock:
         self._running()
         return self.stock
+
+    def _task_route(self, merchant: str) -> str:
+        return self.gray_links.route(merchant)
 
     def _ledger(self) -> Ledger:
         return self._ledger_part

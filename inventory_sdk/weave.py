@@ -352,8 +352,8 @@ def weave_in_place(path: str, *decorators: Callable[[Any], Any]) -> Callable[[],
 
 def owner_of(site: Site) -> type | None:
     """The class whose method this is; None for a function, or while its class is still being made."""
-    if site.home.owner is None and site.receiver is not None:
-        # A decorator below @classmethod is never told its owner.
+    if site.home.owner is None:
+        # A decorator below @classmethod or @staticmethod is never told its owner.
         module, _, qualname = site.label.partition(":")
         found: Any = sys.modules.get(module)
         for part in qualname.split(".")[:-1]:

@@ -10,6 +10,7 @@ from inventory_sdk import __version__
 from inventory_sdk.cli.admission import admission
 from inventory_sdk.cli.demo_command import demo
 from inventory_sdk.cli.doctor import doctor
+from inventory_sdk.cli.gray import gray
 from inventory_sdk.cli.monitoring import monitoring
 from inventory_sdk.cli.schema import schema
 from inventory_sdk.cli.worker import worker
@@ -17,6 +18,7 @@ from inventory_sdk.cli.worker import worker
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 for command in (demo, worker, schema, doctor, admission, monitoring):
     app.command()(command)
+app.add_typer(gray, name="gray")
 
 
 def show_version(wanted: bool) -> None:

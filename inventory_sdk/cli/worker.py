@@ -23,13 +23,14 @@ log = logging.getLogger("inventory_sdk.worker")
 def worker(
     target: Annotated[str, typer.Argument(metavar="MODULE:INVENTORY", help="Where your Inventory is, e.g. shop.stock:inventory")],
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    variant: Annotated[str | None, typer.Option(help="stable or candidate: later-functions of this side only.")] = None,
 ) -> None:
     """Apply what Redis accepted to the database, until SIGTERM or SIGINT; a second signal ends it at once."""
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
         raise refuse(f"--log-level={log_level!r}: must be DEBUG, INFO, WARNING or ERROR")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run(serve(load(target)))
+    run(serve(load(target), variant))
 
 
 def load(target: str) -> Inventory:
@@ -57,12 +58,12 @@ def load(target: str) -> Inventory:
     return found
 
 
-async def serve(inventory: Inventory) -> bool:
+async def serve(inventory: Inventory, variant: str | None = None) -> bool:
     """Run the worker until a signal. The first one ends it gracefully: the batch in hand is finished; a second one cancels,
     which is safe because what was not acknowledged comes again."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    work = asyncio.ensure_future(until(inventory, stop))
+    work = asyncio.ensure_future(until(inventory, stop, variant))
 
     def told(number: signal.Signals) -> None:
         if stop.is_set():
@@ -86,9 +87,9 @@ async def serve(inventory: Inventory) -> bool:
         work.cancel()
 
 
-async def until(inventory: Inventory, stop: asyncio.Event) -> None:
+async def until(inventory: Inventory, stop: asyncio.Event, variant: str | None = None) -> None:
     """Until ``stop``, or until a task of the worker dies, which is raised: whoever supervises the process starts it anew."""
-    async with inventory.worker() as working:
+    async with inventory.worker(variant=variant) as working:
         log.info("worker %s has started; where another one is active it stands by", working.name)
         asked = asyncio.ensure_future(stop.wait())
         try:

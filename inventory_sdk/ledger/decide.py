@@ -647,7 +647,7 @@ def task_row(
     task: dict[str, Any], merchant: str, operation_id: str, kind: str, order: str, row: list[Any], position: tuple[int, int, int, int]
 ) -> tuple[Any, ...]:
     """A task's columns, see ``TASK``. Its receipt is JSON: kind, merchant, operation_id, order, lines (flat), remaining,
-    position (partition, epoch, sequence)."""
+    position (partition, epoch, sequence), and gray, the caller's context (``context.packed``), where it had one."""
     lines, remaining, *elsewhere = json.loads(row[OPERATION.index("receipt")])
     if elsewhere:
         lines, remaining = _merged(lines, remaining, elsewhere[0])
@@ -660,10 +660,12 @@ def task_row(
         "remaining": remaining,
         "position": position[:3],
     }
+    if task.get("gray"):
+        receipt["gray"] = task["gray"]
     arguments = task.get("arguments", {})
     return (
         *position, task["name"], int(task.get("version", 1)), arguments if isinstance(arguments, str) else dumps(arguments),
-        merchant, order or operation_id, operation_id, dumps(receipt), 0, 0, "pending",
+        merchant, order or operation_id, operation_id, dumps(receipt), 0, 0, "pending", task.get("route", ""),
     )  # fmt: skip
 
 
@@ -678,5 +680,5 @@ def _merged(lines: list[Any], remaining: list[int], parts: list[Any]) -> tuple[l
 
 TASK: Final = (
     "partition", "epoch", "seq", "index", "name", "version", "arguments",
-    "merchant", "group_id", "operation_id", "receipt", "attempts", "due_ms", "state",
+    "merchant", "group_id", "operation_id", "receipt", "attempts", "due_ms", "state", "route",
 )  # fmt: skip

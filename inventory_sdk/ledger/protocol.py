@@ -295,6 +295,16 @@ class Task:
     receipt: str
 
 
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """Which tasks a worker may run: those with one of the ``routes`` (``""``: without one), and all of the merchants in ``also``; none of
+    those in ``but_not``."""
+
+    routes: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    but_not: tuple[str, ...] = ()
+
+
 class Rebuilding(Protocol):
     """A consistent reading of one partition, under its lock, for a rebuild of Redis. Pending credits and voids of earlier
     epochs are closed by it. All sequences are in chunks of at most ``size``."""
@@ -459,8 +469,9 @@ class Ledger(Protocol):
         """Write the verdict on a pinned hold unless one stands; the verdict that stands."""
         ...
 
-    async def due_tasks(self, limit: int) -> list[Task]:
-        """Pending tasks whose time has come, at most one (the oldest) per group."""
+    async def due_tasks(self, limit: int, serves: TaskFilter | None = None) -> list[Task]:
+        """Pending tasks whose time has come, at most one (the oldest) per group; ``serves``: of those only, though the others still
+        hold up their group."""
         ...
 
     async def run_task(self, task: Task, call: Callable[[AsyncSession], Awaitable[None]]) -> bool:

@@ -294,6 +294,7 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         number("attempts"),
         number("due_ms"),
         key("state", 16),
+        key("route", 16),
         Column("error", _long(), nullable=True),
     )
     Index(f"{prefix}task_group", task.c.merchant, task.c.group_id, task.c.number, **where("state = 'pending'"))

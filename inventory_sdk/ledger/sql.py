@@ -42,6 +42,7 @@ from inventory_sdk.ledger.protocol import (
     ReservationRow,
     StockRow,
     Task,
+    TaskFilter,
     Void,
     WritesStock,
 )
@@ -317,11 +318,11 @@ class SqlLedger:
         query = select(table.c.verdict).where(table.c.key == key).with_for_update(read=True)
         return str((await connection.execute(query)).scalar_one())
 
-    async def due_tasks(self, limit: int) -> list[Task]:
+    async def due_tasks(self, limit: int, serves: TaskFilter | None = None) -> list[Task]:
         """Pending tasks whose time has come, the oldest of each group. A task that waits for its next try blocks its group;
-        a dead letter does not."""
+        a dead letter does not. ``serves``: those that this worker may run."""
         async with self._engines.read() as connection:
-            return await tasks.due(connection, self._store, limit)
+            return await tasks.due(connection, self._store, limit, serves)
 
     async def run_task(self, task: Task, call: Callable[[AsyncSession], Awaitable[None]]) -> bool:
         """Run ``call`` and mark the task done in one transaction; False when another worker has it, or it is no longer pending.

@@ -10,11 +10,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import exists, select, update
+from sqlalchemy import exists, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from inventory_sdk.errors import InventoryError
-from inventory_sdk.ledger.protocol import Task
+from inventory_sdk.ledger.protocol import Task, TaskFilter
 from inventory_sdk.ledger.store import PENDING, Store, clean
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _columns(table: Any) -> list[Any]:
     return [table.c[name] for name in _COLUMNS]
 
 
-async def due(connection: AsyncConnection, store: Store, limit: int) -> list[Task]:
+async def due(connection: AsyncConnection, store: Store, limit: int, serves: TaskFilter | None = None) -> list[Task]:
     """See ``Ledger.due_tasks``."""
     table = store.tables.task
     older = table.alias("older")
@@ -50,6 +50,9 @@ async def due(connection: AsyncConnection, store: Store, limit: int) -> list[Tas
         .order_by(table.c.number)
         .limit(limit)
     )
+    if serves is not None:
+        wanted = or_(table.c.route.in_(serves.routes), table.c.merchant.in_(serves.also))
+        query = query.where(wanted, table.c.merchant.not_in(serves.but_not))
     return [Task(*row) for row in await connection.execute(query)]
 
 

@@ -108,7 +108,29 @@ class Alerting:
     firing: Mapping[str, int]
 
 
-Event = BatchSent | Published | Applied | Behind | Retried | Happened | LaneUsed | Alerting
+@dataclass(frozen=True, slots=True)
+class GrayRouted:
+    """Calls that went through a gray link to one side within the last second: how many failed, and their seconds together."""
+
+    link: str
+    variant: str
+    calls: int
+    errors: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class GrayRules:
+    """A link's rules took effect in this process."""
+
+    link: str
+    version: int
+    percentage: float
+    killed: bool
+    paused: bool
+
+
+Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed | Behind | Alerting | GrayRouted | GrayRules
 
 
 class Metrics(Protocol):

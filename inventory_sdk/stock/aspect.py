@@ -237,7 +237,13 @@ def _later(room: Room, act: Act, ask: Asking, entry: Entry) -> Proceed:
     async def run(call: Call) -> Any:
         with translating:
             asked = ask(call)
-            task = {"name": entry.name, "version": entry.version, "arguments": codec.encode(call)}
+            task: dict[str, Any] = {"name": entry.name, "version": entry.version, "arguments": codec.encode(call)}
+            route = room._task_route(asked["merchant"])
+            if route:
+                task["route"] = route
+            carried = context.packed()
+            if carried is not None:
+                task["gray"] = carried
             receipt = await room._stock_acts().submit(kind, **asked, task=task)
         return receipt if result is None else result(receipt)
 

@@ -57,6 +57,7 @@ EVENTS: Mapping[str, str] = {
     "hot": "a SKU became hot",
     "cool": "a SKU is no longer hot",
     "alert": "a business alert fires, or is over",
+    "gray_taken_back": "a gray link's guard took merchants, or the link, back to the stable side",
 }
 """What ``on`` takes."""
 
@@ -190,6 +191,10 @@ class StockDecorators(ABC):
     @abstractmethod
     def _default_merchant(self) -> str | None:
         """The Inventory's own merchant."""
+
+    def _task_route(self, merchant: str) -> str:
+        """By which group of workers a later-function of the merchant is to be run; empty: any."""
+        return ""
 
     @overload
     def reserves(self, *, run: Literal["now"], session: Selector | None = None, **options: Unpack[Hold]) -> Now: ...

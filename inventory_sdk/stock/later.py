@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,8 @@ Arguments = dict[str, Any]
 """Encoded arguments by name: plain JSON values."""
 Upgrade = Callable[[Arguments], Arguments]
 """From the encoded arguments of one version to those of the next."""
+Runner = Callable[[Any, Receipt, Sequence[Any], Mapping[str, Any]], Awaitable[None]]
+"""Calls a registered function: it, the receipt of its operation, positional arguments (``self`` first), the others."""
 
 
 class TaskUnreadable(InventoryError):
@@ -137,6 +139,8 @@ class Registry:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._providers: dict[type, Callable[[Any], Any]] = {}
+        self.runner: Runner = _run_itself
+        """What calls a function, or another one in its place (gray links)."""
 
     def add(self, entry: Entry) -> None:
         """Register; ``TypeError`` if another function has the name."""
@@ -182,7 +186,7 @@ class Registry:
             for name, parameter in entry.site.signature.parameters.items():
                 if parameter.kind is parameter.POSITIONAL_ONLY and name in arguments:
                     positional.append(arguments.pop(name))
-            await function(*positional, **arguments)
+            await self.runner(function, receipt, positional, arguments)
 
     def _maker(self, entry: Entry) -> tuple[type, Callable[[Any], Any] | None]:
         """The class to call on, and what makes an instance of it (None: a classmethod needs none)."""
@@ -199,6 +203,10 @@ class Registry:
             return below[0], self._providers[below[0]]
         found = f"; several subclasses have one: {', '.join(kind.__qualname__ for kind in below)}" if below else ""
         raise TypeError(f"{site.label} runs later and needs a {owner.__qualname__}: add @inventory.provides({owner.__qualname__}){found}")
+
+
+async def _run_itself(function: Any, receipt: Receipt, positional: Sequence[Any], arguments: Mapping[str, Any]) -> None:
+    await function(*positional, **arguments)
 
 
 async def _provided(stack: AsyncExitStack, owner: type, make: Callable[[Any], Any], session: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from inventory_sdk.ledger.protocol import Task
+from inventory_sdk import context
+from inventory_sdk.ledger.protocol import Task, TaskFilter
 from inventory_sdk.model import Position, Receipt, ReceiptLine, split_key
 from inventory_sdk.sync.backoff import Backoff, waited
 from inventory_sdk.sync.parts import Parts, log
@@ -33,7 +35,8 @@ class TaskRegistry(Protocol):
 
 
 class TaskRunner:
-    """One per worker; several workers share the work through the ledger's locks. Times are in seconds."""
+    """One per worker; several workers share the work through the ledger's locks. Times are in seconds. ``serves`` says, each time
+    that it is asked, which tasks are this worker's; None: all."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class TaskRunner:
         first_retry: float = FIRST_RETRY,
         last_retry: float = LAST_RETRY,
         poll: float = POLL,
+        serves: Callable[[], TaskFilter | None] | None = None,
     ) -> None:
         self._parts = parts
         self._registry = registry
@@ -55,6 +59,7 @@ class TaskRunner:
         self._first_retry = first_retry
         self._last_retry = last_retry
         self._poll = poll
+        self._serves = serves
         self._running: dict[str, asyncio.Task[bool]] = {}
 
     async def run(self) -> None:
@@ -85,12 +90,17 @@ class TaskRunner:
         if free <= 0:
             return
         # Groups that run here still have their task in the answer: ask for as many more.
-        for task in await self._parts.ledger.due_tasks(free + len(self._running)):
+        for task in await self._due_tasks(free + len(self._running)):
             if task.group in self._running or len(self._running) >= self._concurrency:
                 continue
             running = asyncio.create_task(self.attempt(task), name=f"inventory-task-{task.name}-{task.number}")
             self._running[task.group] = running
             running.add_done_callback(partial(self._ended, task.group))
+
+    async def _due_tasks(self, limit: int) -> list[Task]:
+        serves = None if self._serves is None else self._serves()
+        ledger = self._parts.ledger
+        return await (ledger.due_tasks(limit) if serves is None else ledger.due_tasks(limit, serves))
 
     def _ended(self, group: str, done: asyncio.Task[bool]) -> None:
         self._running.pop(group, None)
@@ -112,6 +122,8 @@ class TaskRunner:
         async def call(session: AsyncSession) -> None:
             nonlocal called
             called = True
+            # Each attempt has a task of its own, so this ends with it: the function goes where its caller went.
+            context.unpack(json.loads(task.receipt).get("gray"))
             await self._registry.run(task, session, receipt_of(task))
 
         try:

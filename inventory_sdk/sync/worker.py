@@ -11,7 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from inventory_sdk.ledger.protocol import Ledger, WritesStock
+from inventory_sdk.ledger.protocol import Ledger, TaskFilter, WritesStock
 from inventory_sdk.metrics import Metrics, NoMetrics
 from inventory_sdk.model import JournalEntry, Position
 from inventory_sdk.sync.announcing import Announcer
@@ -54,8 +54,8 @@ class Worker:
     ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``, ``recovered``,
     ``lost``, ``fork``, ``late_entry``, ``unreadable`` and ``writes_stock_failed``. ``publish_timeout`` is what callers give a message:
     a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at once, ``on_entries`` of every entry
-    behind it. ``jobs`` run beside the rest and end when their event is set. A task of its own that dies is logged, counted
-    (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
+    behind it. ``jobs`` run beside the rest and end when their event is set. ``serves``: which later-functions it runs, None: all. A task
+    of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
 
     def __init__(
         self,
@@ -88,6 +88,7 @@ class Worker:
         publish_timeout: float = PUBLISH_TIMEOUT,
         jobs: Sequence[Job] = (),
         on_entries: Sequence[Callable[[Sequence[JournalEntry]], None]] = (),
+        serves: Callable[[], TaskFilter | None] | None = None,
     ) -> None:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self.failure: BaseException | None = None
@@ -125,6 +126,7 @@ class Worker:
                 attempts=task_attempts,
                 first_retry=first_task_retry,
                 last_retry=last_task_retry,
+                serves=serves,
             )
             if tasks is not None
             else None

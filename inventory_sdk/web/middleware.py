@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: a request's lane, deadline, merchant and operation id, and our errors as problem details.
+"""Pure ASGI middleware: a request's lane, deadline, merchant, operation id and gray decisions, and our errors as problem details.
 
 Only what is configured is read from a request, and only from peers that are trusted. The app runs in the request's own task and
 context, its messages pass as they are; the one thing that is looked at is whether a response has begun. From then on the request's
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from inventory_sdk import context
 from inventory_sdk.context import OperationName, Serves
 from inventory_sdk.errors import InvalidOperation, InventoryError, LaneNotServed
+from inventory_sdk.gray.propagation import PREFIX, stripped
 from inventory_sdk.model import check_text
 from inventory_sdk.traffic.deadline import Deadline, Timed, reset
 from inventory_sdk.web.lifespan import serve_lifespan
@@ -50,6 +51,9 @@ class InventoryMiddleware:
     operation id of the one act that names none) name headers to read; None: not read. ``trusted``: networks (``"10.0.0.0/8"``)
     whose headers are believed, by the client address that the server tells; None: everybody's, where a header is named.
 
+    Every request has gray decisions of its own: within it each link answers a merchant once. ``baggage=True`` takes over those that
+    the W3C baggage header of a trusted peer carries, so it needs ``trusted``; from anybody else they are removed.
+
     ``lifespan=True`` starts the inventory before the app and closes it after; it is counted, so the app may do so too.
     """
 
@@ -67,6 +71,7 @@ class InventoryMiddleware:
         max_deadline: float = 60.0,
         idempotency_header: str | None = None,
         trusted: Iterable[str] | None = None,
+        baggage: bool = False,
         lifespan: bool = False,
     ) -> None:
         self.app = app
@@ -90,6 +95,10 @@ class InventoryMiddleware:
             each for each in (self._lane_header, self._merchant_header, self._deadline_header, self._idempotency_header) if each is not None
         }
         self._trusted = None if trusted is None else tuple(_network(each) for each in trusted)
+        if baggage and self._trusted is None:
+            why = "name the networks whose baggage is believed: whoever may set it chooses the side of the gray links"
+            raise InvalidOperation("trusted", None, why)
+        self._baggage = baggage
         self._lifespan = lifespan
         self._warned = False
 
@@ -120,6 +129,7 @@ class InventoryMiddleware:
 
         try:
             async with AsyncExitStack() as stack:
+                scope = self._with_sides(stack, scope)
                 await self._prepare(stack, scope, timers)
                 await self.app(scope, receive, noticing)
         except InventoryError as error:
@@ -150,6 +160,23 @@ class InventoryMiddleware:
         lane = self._lane_of(scope, found.get(self._lane_header))
         if lane is not None:
             timers.append(await stack.enter_async_context(self._inventory.lanes.enter(lane)))
+
+    def _with_sides(self, stack: AsyncExitStack, scope: Scope) -> Scope:
+        """Begin the request's gray decisions; the scope without ours in its baggage, where its sender is not to be believed."""
+        headers = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"baggage"]
+        carried = [header for header in headers if PREFIX in header]
+        if not carried:
+            _set(stack, context.sides, {})
+        elif self._baggage and self._trusted is not None and _is_within(scope.get("client"), self._trusted):
+            _set(stack, context.sides, self._inventory.gray_links.arrived(",".join(carried)))
+        else:
+            _set(stack, context.sides, {})
+            kept = [(name, value) for name, value in scope["headers"] if name.lower() != b"baggage"]
+            rest = stripped(",".join(headers))
+            if rest:
+                kept.append((b"baggage", rest.encode("latin-1")))
+            return {**scope, "headers": kept}
+        return scope
 
     def _lane_of(self, scope: Scope, wanted: str | None) -> str | None:
         if wanted is not None:

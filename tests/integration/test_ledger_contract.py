@@ -20,6 +20,7 @@ from inventory_sdk.ledger.protocol import (
     EpochClosed,
     ForkFound,
     StockRow,
+    TaskFilter,
     WatermarkMoved,
     WritesStockFailed,
 )
@@ -1100,3 +1101,21 @@ def test_one_ledger_serves_several_event_loops(database: str, namespace: str) ->
         assert asyncio.run(second()) == 9
     finally:
         asyncio.run(clean())
+
+
+async def test_a_worker_is_shown_the_tasks_of_its_route_and_the_others_still_hold_up_their_order(ledger: SqlLedger) -> None:
+    def routed(name: str, route: str, order: str = "") -> JournalOperation:
+        task = {"name": "ship", "gray": {"merchant": M, "sides": [["link", M, route, 3]]}, **({"route": route} if route else {})}
+        return op("deduct", name, ("a", 1), order=order, task=task)
+
+    async def shown(*routes: str, **others: tuple[str, ...]) -> list[str]:
+        return [each.operation_id for each in await ledger.due_tasks(10, TaskFilter(routes, **others))]
+
+    rows = [routed("o-1", "candidate", "x"), routed("o-2", "stable", "x"), routed("o-3", "stable", "y"), routed("o-4", "")]
+    await ledger.apply(0, 1, [entry(1, *rows)])
+    assert await shown("candidate") == ["o-1"]
+    assert await shown("stable", "") == ["o-3", "o-4"]
+    assert await shown("stable", "", also=(M,)) == ["o-1", "o-3", "o-4"]
+    assert await shown("candidate", but_not=(M,)) == await shown() == []
+    (first, *_) = await ledger.due_tasks(10)
+    assert json.loads(first.receipt)["gray"]["sides"] == [["link", M, "candidate", 3]]

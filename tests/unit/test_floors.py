@@ -65,6 +65,7 @@ OUTSIDE = {
     "opentelemetry": ("metrics", "tracing"),
     "pytest": ("testing",),
     "pytest_asyncio": ("testing",),
+    "httpx": ("gray",),
 }
 """Which rooms may know an outside library at all: the others get it behind a protocol."""
 
@@ -203,4 +204,4 @@ def test_the_face_only_re_exports() -> None:
 def test_importing_the_package_loads_no_optional_dependency() -> None:
     code = "import sys, inventory_sdk; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"sqlalchemy", "fakeredis", "lupa", "aiosqlite", "asyncpg", "asyncmy", "typer", "rich", "pytest"} & set(loaded)
+    assert not {"sqlalchemy", "fakeredis", "lupa", "aiosqlite", "asyncpg", "asyncmy", "typer", "rich", "pytest", "httpx"} & set(loaded)

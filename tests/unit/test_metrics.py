@@ -7,7 +7,19 @@ import logging
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inventory_sdk.metrics import Applied, BatchSent, Event, Fanout, Happened, LaneUsed, NoMetrics, Published, Retried
+from inventory_sdk.metrics import (
+    Applied,
+    BatchSent,
+    Event,
+    Fanout,
+    GrayRouted,
+    GrayRules,
+    Happened,
+    LaneUsed,
+    NoMetrics,
+    Published,
+    Retried,
+)
 from inventory_sdk.metrics.prometheus import PrometheusMetrics
 
 BATCH = BatchSent(0, "core", 12, {"reserve": 8, "deduct": 2}, {"insufficient": 1}, 1, 0.004)
@@ -101,3 +113,19 @@ def test_a_sink_that_raises_is_logged_once_and_hurts_nobody(caplog: pytest.LogCa
         fanout.record(APPLIED)
     assert before.events == behind.events == [BATCH, APPLIED]
     assert len(caplog.records) == 1
+
+
+def test_a_gray_link_is_counted_by_side_and_shown_by_its_rules(registry: CollectorRegistry) -> None:
+    metrics = PrometheusMetrics(registry)
+    metrics.record(GrayRouted("checkout", "candidate", 5, 1, 0.25))
+    metrics.record(GrayRouted("checkout", "candidate", 3, 0, 0.25))
+    metrics.record(GrayRules("checkout", 7, 12.5, True, False))
+    value = registry.get_sample_value
+    side = {"link": "checkout", "variant": "candidate"}
+    assert value("inventory_gray_calls_total", side) == 8
+    assert value("inventory_gray_errors_total", side) == 1
+    assert value("inventory_gray_seconds_total", side) == 0.5
+    assert value("inventory_gray_rules_version", {"link": "checkout"}) == 7
+    assert value("inventory_gray_percentage", {"link": "checkout"}) == 12.5
+    assert value("inventory_gray_killed", {"link": "checkout"}) == 1
+    assert value("inventory_gray_paused", {"link": "checkout"}) == 0

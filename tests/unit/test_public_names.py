@@ -46,6 +46,10 @@ STOCK = {
 }
 DECORATORS = ("reserves", "deducts", "confirms", "releases", "restocks", "takes_back", "adjusts")
 HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "verifies")
+||||||| 36b9e90
+HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane")
+=======
+HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "gray", "gray")
 
 
 def parameters(function: Any) -> set[str]:

@@ -1,0 +1,1 @@
+"""Gray-release links: a change goes live merchant by merchant along the whole chain of calls, and comes back at once."""
