@@ -59,13 +59,17 @@ OUTSIDE = {
     "tenacity": ("sync", "stock"),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
     "pytest": ("testing",),
+    "starlette": ("web",),
+    "jinja2": ("web",),
+    "uvicorn": ("cli",),
 }
 """Which rooms may know an outside library at all: the others get it behind a protocol."""
 
 SUBROOMS = {
     "sync.queues": ("sync.backoff", "stock.journal", "model", "errors", "context", "metrics"),
     "stock.journal": ("model", "errors"),
-    "ledger.protocol": ("model", "errors"),
+    "ledger.protocol": ("model", "errors", "ledger.pages"),
+    "ledger.pages": ("model", "ledger.protocol"),  # its half for people; each is the other's type
     "metrics.events": (),
 }
 """A room within a room, and all it may know of the house: a queue is one file that needs neither worker nor ledger."""
