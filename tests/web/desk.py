@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
@@ -21,6 +21,7 @@ from inventory_sdk.web.admin import Account, PasswordAuth, Role, hash_password
 SECRET = "a secret of the tests, long enough"
 PASSWORD = "correct horse battery"
 HASHED = hash_password(PASSWORD)
+NOW = 1_790_000_000_000
 HOSTILE = "<img src=x onerror=alert(1)>\"'&{{7*7}}\u202e"
 """A SKU that tries markup, attributes, a template, and turns the direction of writing."""
 
@@ -28,8 +29,8 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'&{{7*7}}\u202e"
 @dataclass(frozen=True)
 class Hot:
     key: str
-    merchant: str
-    sku: str
+    merchant: str | None
+    sku: str | None
     rate: float
     hot_since: float | None
 
@@ -44,31 +45,59 @@ class Hotspots:
         return list(self.found[:limit])
 
 
+@dataclass(frozen=True)
+class Rules:
+    link: str
+    version: int = 6
+    percentage: float = 25.0
+    killed: bool = False
+    paused: bool = False
+    allow: tuple[str, ...] = ("m1", HOSTILE)
+    deny: tuple[str, ...] = ()
+    taken_back: tuple[str, ...] = ()
+    where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    guard: Any = None
+
+
+@dataclass(frozen=True)
+class Change:
+    version: int
+    at_ms: int
+    who: str
+    why: str
+    changes: Mapping[str, Sequence[Any]]
+
+
 class GrayLinks:
-    """A double of ``inventory.gray_links`` that remembers what it was told."""
+    """A double of ``inventory.gray_links`` with one link."""
 
     def __init__(self) -> None:
-        self.killed: dict[str, bool] = {"fast-allocation": False}
-        self.told: list[dict[str, str]] = []
+        self.rules = Rules("fast-allocation")
+        self.told = [Change(6, NOW, "gisela", "nobody complained", {"percentage": [10.0, 25.0]})]
 
     def links(self) -> list[str]:
-        return list(self.killed)
+        return [self.rules.link]
 
-    async def show(self, link: str) -> dict[str, Any]:
-        state = "killed" if self.killed[link] else "rolling out"
-        return {"state": state, "share": "25 %", "merchants": ["m1", HOSTILE]}
+    def known(self, link: str) -> Rules:
+        return self.rules
+
+    async def show(self, link: str) -> Rules:
+        return self.rules
 
     async def kill(self, link: str, *, who: str, why: str) -> None:
-        if self.killed[link]:
-            raise InvalidOperation("link", link, "is killed already")
-        self.killed[link] = True
-        self.told.append({"what": "killed", "who": who, "why": why})
+        self._set(True, who, why)
 
     async def restore(self, link: str, *, who: str, why: str) -> None:
-        self.killed[link] = False
-        self.told.append({"what": "restored", "who": who, "why": why})
+        self._set(False, who, why)
 
-    async def history(self, link: str, limit: int = 50) -> list[dict[str, str]]:
+    def _set(self, killed: bool, who: str, why: str) -> None:
+        if self.rules.killed == killed:
+            raise InvalidOperation("link", self.rules.link, "is so already")
+        version = self.rules.version + 1
+        self.rules = replace(self.rules, killed=killed, version=version)
+        self.told.append(Change(version, NOW, who, why, {"killed": [not killed, killed]}))
+
+    async def history(self, link: str, *, limit: int = 50) -> list[Change]:
         return self.told[::-1][:limit]
 
 
@@ -76,39 +105,58 @@ class GrayLinks:
 class Discrepancy:
     number: int
     merchant: str
-    sku: str
+    sku: str | None
     cause: str
-    expected: int
-    found: int
-    evidence: dict[str, Any]
+    available: int
+    reserved: int
+    evidence: Mapping[str, Any]
+    what: str = "stock"
+    reservation: str | None = None
     state: str = "open"
+    found_ms: int = 0
+    resolved_ms: int | None = None
+    correction: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Correction:
+    number: int
+    units: int
+    steps: tuple[str, ...]
+    needs_confirmation: bool
+    why_not: str = ""
 
 
 class Reconciler:
     """A double of ``inventory.reconciler`` with one discrepancy, of more units than may be corrected without a second look."""
 
     def __init__(self) -> None:
-        evidence = {"last_change": "1-204", "redis_changed_by": "no journal entry"}
-        self.rows = {7: Discrepancy(7, "m1", "phone-15", "manual change in Redis", 40, 90, evidence)}
+        evidence = {"redis": {"available": 487, "as of": "1-38"}, "ledger": {"available": 437}, "journaled since": 0}
+        self.row = Discrepancy(7, "m1", "phone-15", "manual_redis", 50, 0, evidence, found_ms=NOW)
         self.corrected: list[tuple[int, str, str]] = []
 
-    async def discrepancies(self, *, state: str = "open", limit: int = 50, after: int | None = None, **filters: str) -> list[Discrepancy]:
-        rows = [row for row in self.rows.values() if row.state == state and all(getattr(row, name) == filters[name] for name in filters)]
-        return rows[:limit]
+    async def discrepancies(
+        self, *, state: str = "open", cause: str | None = None, limit: int = 50, after: int | None = None, **_: str
+    ) -> list[Discrepancy]:
+        return [self.row] if self.row.state == state and cause in (None, self.row.cause) else []
 
-    async def propose(self, number: int) -> dict[str, Any]:
-        row = self.rows[number]
-        return {"discrepancy": row, "correction": {"kind": "correct", "redis_delta": row.expected - row.found, "ledger_delta": 0}}
+    async def discrepancy(self, number: int) -> Discrepancy:
+        if number != self.row.number:
+            raise InvalidOperation("number", number, "there is no such discrepancy")
+        return self.row
 
-    async def correct(self, number: int, *, reason: str, who: str, confirmed: bool = False) -> None:
-        row = self.rows[number]
+    async def propose(self, number: int) -> Correction:
+        return Correction(number, 50, ("Redis: available −50 of phone-15, journaled; the ledger does not move",), True)
+
+    async def correct(self, number: int, reason: str, who: str, confirmed: bool = False) -> None:
         if not confirmed:
-            raise InvalidOperation("confirmed", confirmed, f"a correction of {row.expected - row.found} units needs a second look")
-        self.rows[number] = Discrepancy(*[getattr(row, name) for name in row.__dataclass_fields__ if name != "state"], state="corrected")
+            raise InvalidOperation("confirmed", confirmed, "50 units are more than may be corrected without a second look")
+        made = {"way": "redis", "available": -50, "who": who, "reason": reason}
+        self.row = replace(self.row, state="corrected", resolved_ms=NOW, correction=made)
         self.corrected.append((number, reason, who))
 
-    async def undo(self, number: int, *, reason: str, who: str) -> None:
-        raise InvalidOperation("number", number, "is not corrected")
+    async def undo(self, number: int, reason: str, who: str) -> None:
+        self.row = replace(self.row, state="undone")
 
 
 @dataclass
@@ -119,6 +167,7 @@ class Desk:
     gray: GrayLinks
     reconciler: Reconciler
     auth: PasswordAuth
+    app: Any = None
     url: str = ""
     address_service_is_away: bool = True
     shipped: list[str] = field(default_factory=list)
@@ -147,6 +196,7 @@ async def desk(mount: str = "") -> AsyncIterator[Desk]:
         await ship("order-77")
         await dead(inventory)
         app: Any = admin_app(inventory, auth=shop.auth)
+        shop.app = app
         if mount:
             from starlette.applications import Starlette
             from starlette.routing import Mount

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from pathlib import Path
 
@@ -35,6 +36,12 @@ PAGES = {
 async def main(folder: Path, wanted: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     async with desk() as shop, async_playwright() as playwright:
+        # Half an hour of an evening: the ledger falls behind when the sale begins, and catches up.
+        minutes = [at / 12 for at in range(360)]
+        shop.app._looking._lag.extend(
+            [0.05 + 2.6 * math.exp(-((minute - 18) ** 2) / 9) + 0.1 * math.sin(minute * 5) ** 2 for minute in minutes]
+        )
+        shop.app._looking._pace.extend([40 + 900 * math.exp(-((minute - 17) ** 2) / 16) + 30 * math.sin(minute * 9) for minute in minutes])
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         for scheme in ("light", "dark"):
             context = await browser.new_context(color_scheme=scheme, viewport={"width": 1180, "height": 760}, reduced_motion="reduce")

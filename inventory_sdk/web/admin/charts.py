@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 WIDTH: Final = 640
 HEIGHT: Final = 120
@@ -32,29 +32,26 @@ def area(values: Sequence[float | None], label: str, unit: str = "", width: int 
             drawn += Markup('<polygon class="fill" points="{}"/>').format(f"{first},{height} {' '.join(run)} {last},{height}")
             drawn += Markup('<polyline class="line" points="{}"/>').format(" ".join(run))
     said = f"{label}: now {short(known[-1])}{unit}, at most {short(max(known))}{unit}"
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">').format(width, height, said)
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">').format(
+        width, height, said
+    )
     base = Markup('<line class="axis" x1="0" x2="{0}" y1="{1}" y2="{1}"/>').format(width, height - 0.5)
     return head + base + drawn + Markup("</svg>")
 
 
-def bars(rows: Sequence[tuple[str, float]], label: str) -> Markup:
-    """How large each is beside the largest, for a table's column: one bar per row."""
-    top = max((value for _, value in rows), default=0) or 1
-    head = Markup('<svg class="bars" viewBox="0 0 100 {}" role="img" aria-label="{}">').format(len(rows) * 10, escape(label))
-    drawn = Markup("").join(
-        Markup('<rect class="bar" x="0" y="{}" width="{:.1f}" height="6" rx="1"/>').format(at * 10 + 2, max(value / top * 100, 0.5))
-        for at, (_, value) in enumerate(rows)
-    )
-    return head + drawn + Markup("</svg>")
+def said(values: Sequence[float | None], unit: str = "") -> str:
+    """The chart's scale in words: ``now 0.1 s, at most 2.7 s``."""
+    known = [value for value in values if value is not None]
+    return f"now {short(known[-1])}{unit}, at most {short(max(known))}{unit}" if known else ""
 
 
-def share(part: float, whole: float, label: str) -> Markup:
-    """How full something is."""
+def share(part: float, whole: float, label: str, alarming: bool = True) -> Markup:
+    """How full something is; from nine tenths on that is ``alarming``, or not."""
     filled = min(part / whole, 1.0) * 100 if whole else 0.0
     return Markup(
         '<svg class="share" viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label="{}">'
         '<rect class="track" width="100" height="6" rx="3"/><rect class="bar{}" width="{:.1f}" height="6" rx="3"/></svg>'
-    ).format(label, " full" if filled >= 90 else "", filled)
+    ).format(label, " full" if alarming and filled >= 90 else "", filled)
 
 
 def short(number: float) -> str:

@@ -94,7 +94,9 @@ class Door:
         if user is None:
             return self._nobody(request)
         if not hmac.compare_digest(form.get("token", "").encode(), form_token(self._auth, user).encode()):
-            return self._refuse(request, 403, "Nothing was done", "This form is of another session. Go back, load the page anew, try again.")
+            return self._refuse(
+                request, 403, "Nothing was done", "This form is of another session. Go back, load the page anew, try again."
+            )
         if not user.acts and path != "/sign-out":
             why = f"{user.name} is a viewer here. Ask an operator."
             return self._refuse(request, 403, "Nothing was done: this needs an operator", why)

@@ -62,7 +62,14 @@ class Finding:
         pages = self._inventory.ledger.pages
         asked, merchant = _asked(request, "q"), _asked(request, "merchant") or None
         before = _moment(request.query_params.get("before"))
-        facts: dict[str, Any] = {"q": asked, "merchant": merchant or "", "merchants": [], "named": [], "products": [], "more_products": False}
+        facts: dict[str, Any] = {
+            "q": asked,
+            "merchant": merchant or "",
+            "merchants": [],
+            "named": [],
+            "products": [],
+            "more_products": False,
+        }
         facts |= {"operations": None, "before": before, "pending": None}
         if asked:
             facts["operations"] = await pages.operations(order=asked, merchant=merchant, limit=SIZE, before=before)
@@ -176,14 +183,19 @@ class Finding:
             return None
         entry = decode(*position, entries[0][1])
         mine = [each for each in entry.operations if each.key == life.operation.key] or entry.operations[life.operation.index :][:1]
-        text = "\n".join(f"{name}: {pretty(value) if name == 'extra' else value}" for each in mine for name, value in each._asdict().items())
+        text = "\n".join(
+            f"{name}: {pretty(value) if name == 'extra' else value}" for each in mine for name, value in each._asdict().items()
+        )
         return Journaled(text, len(entry.operations), entry.nonce, entry.at_ms)
 
     # Frozen stock -----------------------------------------------------------------------------------------------------------------
 
     async def _frozen(self, request: Request) -> Response:
         frozen = await self._inventory.stock.frozen()
-        rows = {key_of(row.merchant, row.sku): row for row in await self._inventory.ledger.stock([key_of(each.merchant, each.sku) for each in frozen])}
+        rows = {
+            key_of(row.merchant, row.sku): row
+            for row in await self._inventory.ledger.stock([key_of(each.merchant, each.sku) for each in frozen])
+        }
         said = await self._acting.said(request)
         return self._renderer.page(request, "frozen.html", frozen=frozen, rows=rows, key_of=key_of, said=said)
 
@@ -220,5 +232,3 @@ def _moment(text: str | None) -> Moment | None:
     if len(numbers) != 5 or not all(each.isdecimal() and len(each) <= 15 for each in numbers):
         return None
     return Moment(*map(int, numbers))
-
-

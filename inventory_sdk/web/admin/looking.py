@@ -122,7 +122,7 @@ class Looking:
         async def open_discrepancies() -> int:
             if parts.reconciler is None:
                 return 0
-            return len(rows_of(await parts.reconciler.discrepancies(limit=MOST)))
+            return len(await parts.reconciler.discrepancies(limit=MOST))
 
         async def triggers() -> Sequence[Any]:
             return parts.redistribution.triggers() if parts.redistribution is not None else ()
@@ -189,15 +189,12 @@ class Looking:
             self._lag.append(None)
         else:
             self._lag.append(max((each.seconds or 0.0 for each in parts), default=0.0))
-        if parts is None or before is None or {number: epoch for number, (epoch, _) in at.items()} != {
-            number: epoch for number, (epoch, _) in before[1].items()
-        }:
+        if (
+            parts is None
+            or before is None
+            or {number: epoch for number, (epoch, _) in at.items()} != {number: epoch for number, (epoch, _) in before[1].items()}
+        ):
             self._pace.append(None)
         else:
             moved = sum(sequence - before[1][number][1] for number, (_, sequence) in at.items())
             self._pace.append(max(moved, 0) / (now - before[0]))
-
-
-def rows_of(answer: Any) -> Sequence[Any]:
-    """A list, or a page that has one."""
-    return getattr(answer, "rows", answer)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from inventory_sdk.errors import InventoryError
 from inventory_sdk.web.admin.acting import Act, Acting, filled, reason, who, whole
 from inventory_sdk.web.admin.controllers import GrayLinks, Reconciler, controllers_of
-from inventory_sdk.web.admin.looking import fact, rows_of
+from inventory_sdk.web.admin.looking import Fact, fact
+from inventory_sdk.web.admin.door import root_of
 from inventory_sdk.web.admin.render import Renderer
 
 if TYPE_CHECKING:
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 
 SIZE: Final = 50
 FILTERS: Final = ("merchant", "sku", "order", "cause")
+STATES: Final = ("open", "corrected", "undone", "gone")
+CAUSES: Final = {
+    "went_back": ("Redis went back", "Redis does not remember operations that the ledger has, and their units are the difference."),
+    "service_table": ("Service’s table written directly", "Redis and ledger agree; the service’s own table was changed past the SDK."),
+    "missing_journal": (
+        "Journal entries missing",
+        "Entries below the watermark left nothing in the ledger; what they moved is the difference.",
+    ),
+    "rejected": ("Refused, not taken back", "The ledger refused an accepted operation, and what takes it back never reached Redis."),
+    "expiry_lost": ("Expiry lost", "A reservation in Redis that nothing will end: it is not in the list of those that run out."),
+    "manual_redis": ("Changed by hand in Redis", "Nothing that was journaled explains the difference."),
+    "ledger_books": ("Ledger changed past its rows", "The ledger’s own books don’t close: a row was changed past its change rows."),
+}
+"""By the reconciler's word: what a cause is called, and what it means."""
 
 
 class Mending:
@@ -61,42 +76,40 @@ class Mending:
         state = asked.get("state", "open")
         after = asked.get("after", "")
         cursor = int(after) if after.isdecimal() and len(after) <= 18 else None
-        answer = await self._reconciler().discrepancies(**filters, state=state, limit=SIZE, after=cursor)
-        rows = rows_of(answer)
-        following = rows[-1].number if len(rows) == SIZE else None
-        said = await self._acting.said(request)
+        rows = await self._reconciler().discrepancies(**filters, state=state, limit=SIZE, after=cursor)
         return self._renderer.page(
-            request, "discrepancies.html", rows=rows, filters={name: filters.get(name, "") for name in FILTERS}, state=state,
-            following=following, said=said,
-        )  # fmt: skip
+            request,
+            "discrepancies.html",
+            rows=rows,
+            filters={name: filters.get(name, "") for name in FILTERS},
+            state=state,
+            states=STATES,
+            causes=CAUSES,
+            following=rows[-1].number if len(rows) == SIZE else None,
+        )
 
     async def _discrepancy(self, request: Request) -> Response:
         raw = request.query_params.get("number", "")
         if not raw.isdecimal() or len(raw) > 18:
             raise HTTPException(404)
         reconciler, number = self._reconciler(), int(raw)
-        proposal = await fact(lambda: reconciler.propose(number))
-        said = await self._acting.said(request)
-        return self._renderer.page(request, "discrepancy.html", number=number, proposal=proposal, said=said)
+        found = await reconciler.discrepancy(number)
+        proposal: Fact[Any] = Fact(None)
+        if found.state in ("open", "correcting"):
+            proposal = await fact(lambda: reconciler.propose(number))
+        return self._renderer.page(request, "discrepancy.html", found=found, proposal=proposal, causes=CAUSES)
 
     async def _correct(self, request: Request) -> Response:
-        reconciler, number, why = self._reconciler(), whole(request, "number"), reason(request)
+        # Not through Acting: the reconciler writes the act down in the transaction that begins it. What it refuses, it says.
+        number, why = whole(request, "number"), reason(request)
         confirmed = request.scope["state"]["form"].get("confirmed") == "yes"
-
-        async def do() -> Any:
-            await reconciler.correct(number, reason=why, who=who(request).name, confirmed=confirmed)
-
-        act = Act("correct", details={"discrepancy": number, "why": why, "confirmed": confirmed})
-        return await self._acting.does(request, act, do, "/discrepancy", number=str(number))
+        await self._reconciler().correct(number, reason=why, who=who(request).name, confirmed=confirmed)
+        return RedirectResponse(f"{root_of(request.scope)}/discrepancy?number={number}", 303)
 
     async def _undo(self, request: Request) -> Response:
-        reconciler, number, why = self._reconciler(), whole(request, "number"), reason(request)
-
-        async def do() -> Any:
-            await reconciler.undo(number, reason=why, who=who(request).name)
-
-        act = Act("undo_correction", details={"discrepancy": number, "why": why})
-        return await self._acting.does(request, act, do, "/discrepancy", number=str(number))
+        number, why = whole(request, "number"), reason(request)
+        await self._reconciler().undo(number, reason=why, who=who(request).name)
+        return RedirectResponse(f"{root_of(request.scope)}/discrepancy?number={number}", 303)
 
     # Gray links -----------------------------------------------------------------------------------------------------------------
 
@@ -108,17 +121,22 @@ class Mending:
 
     async def _links(self, request: Request) -> Response:
         gray = self._gray()
-        shown: dict[str, Any] = {name: await fact(lambda name=name: gray.show(name)) for name in gray.links()}  # type: ignore[misc]
-        return self._renderer.page(request, "links.html", links=shown, said=await self._acting.said(request))
+        links = {name: await self._rules(gray, name) for name in gray.links()}
+        return self._renderer.page(request, "links.html", links=links)
+
+    async def _rules(self, gray: GrayLinks, link: str) -> tuple[Any, str]:
+        """The rules as they stand, or those that this process goes by and why it can't ask."""
+        shown = await fact(lambda: gray.show(link))
+        return (gray.known(link), shown.trouble) if shown.trouble else (shown.value, "")
 
     async def _link(self, request: Request) -> Response:
         gray, link = self._gray(), request.query_params.get("link", "")
         if link not in gray.links():
             raise HTTPException(404)
-        shown = await fact(lambda: gray.show(link))
+        rules, trouble = await self._rules(gray, link)
         history = await fact(lambda: gray.history(link, limit=SIZE))
         said = await self._acting.said(request)
-        return self._renderer.page(request, "link.html", link_name=link, shown=shown, history=history, said=said)
+        return self._renderer.page(request, "link.html", rules=rules, trouble=trouble, history=history, said=said)
 
     async def _kill(self, request: Request) -> Response:
         gray, link, why = self._gray(), filled(request, "link"), reason(request)

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 
 from inventory_sdk import __version__
-from inventory_sdk.model import SEPARATOR, split_key
+from inventory_sdk.model import SEPARATOR, Kind, split_key
 from inventory_sdk.web.admin import charts
 from inventory_sdk.web.admin.door import form_token, path_of, root_of
 from inventory_sdk.web.admin.names import visible
@@ -22,6 +22,7 @@ from inventory_sdk.web.admin.names import visible
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from inventory_sdk.ledger.protocol import OperationRow
     from inventory_sdk.web.admin.auth import Auth, User
 
 MINUTE: Final = 60
@@ -36,9 +37,21 @@ class Renderer:
         self._auth = auth
         self._nav = nav
         self._env = Environment(
-            loader=PackageLoader("inventory_sdk.web.admin"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+            loader=PackageLoader("inventory_sdk.web.admin"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
-        self._env.filters |= {"name": visible, "at": moment, "ago": ago, "count": count, "signed": signed, "document": document}
+        self._env.filters |= {
+            "name": visible,
+            "at": moment,
+            "ago": ago,
+            "count": count,
+            "signed": signed,
+            "document": document,
+            "moves": moves,
+        }
         self._env.globals |= {"chart": charts, "split": split_key, "separator": SEPARATOR, "version": __version__}
 
     def page(self, request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
@@ -80,7 +93,7 @@ def ago(seconds: float | None) -> str:
     if seconds is None:
         return "never"
     if seconds < MINUTE:
-        return f"{max(seconds, 0):.1f} s"
+        return f"{max(seconds, 0):.1f} s" if seconds >= 0.05 else "0 s"
     for limit, size, unit in ((HOUR, MINUTE, "min"), (2 * DAY, HOUR, "h")):
         if seconds < limit:
             return f"{seconds / size:.0f} {unit}"
@@ -95,6 +108,14 @@ def count(number: float) -> str:
 def signed(number: int) -> str:
     """``+3``, ``−2``, ``0``."""
     return f"+{count(number)}" if number > 0 else f"\u2212{count(-number)}" if number < 0 else "0"
+
+
+def moves(row: OperationRow) -> list[tuple[str, str, str]]:
+    """(merchant, sku, how many) of an operation's lines; where they are deltas of Redis (``void``, ``correct``), that of available."""
+    deltas = row.kind in (Kind.VOID, Kind.CORRECT)
+    step = 3 if deltas else 2
+    flat = row.lines
+    return [(*split_key(flat[at]), signed(flat[at + 1]) if deltas else count(flat[at + 1])) for at in range(0, len(flat), step)]
 
 
 def document(value: Any) -> Any:
