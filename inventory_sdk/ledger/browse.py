@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Select, func, insert, literal, select, tuple_, update
+from sqlalchemy import func, insert, literal, select, tuple_, update
 
 from inventory_sdk.ledger import rows, tasks
 from inventory_sdk.ledger.engines import Engines
@@ -109,7 +109,7 @@ class SqlPages:
             found = [rows.operation_row(row) for row in await connection.execute(self._listed(merchant, order, limit + 1, before))]
         return _page(found, limit, moment)
 
-    def _listed(self, merchant: str | None, order: str | None, limit: int, before: Moment | None) -> Select[Any]:
+    def _listed(self, merchant: str | None, order: str | None, limit: int, before: Moment | None) -> Any:
         table = self._store.tables.operation
         columns = [table.c[name] for name in _ORDER]
         query = select(*rows.operation_columns(self._store)).order_by(*[column.desc() for column in columns]).limit(limit)
@@ -289,7 +289,8 @@ class SqlPages:
                 "created_ms": await self._store.now_ms(connection),
             }
             done = await connection.execute(insert(table).values(**values))
-            return int(done.inserted_primary_key[0])
+            number: Any = done.inserted_primary_key
+            return int(number[0])
 
     async def end_act(self, number: int, outcome: str) -> None:
         """Only a row that was begun changes: what is written down stays."""

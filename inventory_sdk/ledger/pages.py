@@ -32,7 +32,8 @@ class Moment(NamedTuple):
     partition: int
     epoch: int
     sequence: int
-    index: int
+    place: int
+    """The operation's index in its entry."""
 
 
 class Counters(NamedTuple):

@@ -44,6 +44,7 @@ PART_OF = {
 
 DOORS = {
     ("cli", "testing"),  # doctor --drill breaks things with the faults that users' tests have
+    ("cli", "web"),  # the command admin serves the pages
     ("stock", "ledger.protocol"),  # loading reads the truth, through its protocol only
     ("model", "errors"),
     ("errors", "model"),  # for annotations only

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from playwright.async_api import Browser, Page, async_playwright
@@ -37,7 +36,7 @@ async def mounted() -> AsyncIterator[Desk]:
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
-    if not Path(CHROMIUM).exists():
+    if not os.access(CHROMIUM, os.X_OK):
         message = f"no Chromium at {CHROMIUM} (apt-get install chromium, or INVENTORY_TEST_CHROMIUM)"
         if os.environ.get("INVENTORY_TEST_SERVICES") == "required":
             pytest.fail(message, pytrace=False)

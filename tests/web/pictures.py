@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import sys
 from pathlib import Path
 
 from playwright.async_api import async_playwright
 
+from tests.web.conftest import ARGUMENTS, CHROMIUM
 from tests.web.desk import PASSWORD, desk
 
-CHROMIUM = "/usr/bin/chromium"
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PAGES = {
     "overview": "/",
     "operation": "/operation?merchant=m1&id=order-42",
@@ -34,19 +27,16 @@ PAGES = {
 
 
 async def main(folder: Path, wanted: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     async with desk() as shop, async_playwright() as playwright:
         # Half an hour of an evening: the ledger falls behind when the sale begins, and catches up.
+        noise = random.Random(7)
         minutes = [at / 12 for at in range(360)]
-        shop.app._looking._lag.extend(
-            [0.05 + 2.6 * math.exp(-((minute - 18) ** 2) / 9) + 0.1 * math.sin(minute * 5) ** 2 for minute in minutes]
-        )
-        shop.app._looking._pace.extend([40 + 900 * math.exp(-((minute - 17) ** 2) / 16) + 30 * math.sin(minute * 9) for minute in minutes])
+        shop.app._looking._lag.extend([0.05 + 2.6 * math.exp(-((minute - 18) ** 2) / 9) + 0.2 * noise.random() for minute in minutes])
+        shop.app._looking._pace.extend([40 + 900 * math.exp(-((minute - 17) ** 2) / 16) + 60 * noise.random() for minute in minutes])
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         for scheme in ("light", "dark"):
             context = await browser.new_context(color_scheme=scheme, viewport={"width": 1180, "height": 760}, reduced_motion="reduce")
             page = await context.new_page()
-            page.on("console", lambda message: print("console:", message.text))
             await page.goto(f"{shop.url}/sign-in")
             await page.fill("[name=name]", "olga")
             await page.fill("[name=password]", PASSWORD)
@@ -59,4 +49,5 @@ async def main(folder: Path, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
     asyncio.run(main(Path(sys.argv[1]), sys.argv[2:] or list(PAGES)))

@@ -94,7 +94,6 @@ class Overview:
     hot: Fact[Sequence[Any]]
     links: Fact[Sequence[str]]
     discrepancies: Fact[int]
-    triggers: Fact[Sequence[Any]]
     lag: Sequence[float | None]
     pace: Sequence[float | None]
 
@@ -124,25 +123,22 @@ class Looking:
                 return 0
             return len(await parts.reconciler.discrepancies(limit=MOST))
 
-        async def triggers() -> Sequence[Any]:
-            return parts.redistribution.triggers() if parts.redistribution is not None else ()
-
         async def frozen() -> int:
             return len(await inventory.stock.frozen(limit=MOST))
 
-        found: tuple[Any, ...] = await asyncio.gather(
+        found: list[Any] = await asyncio.gather(
             fact(self.partitions),
             fact(lambda: inventory.ledger.pages.waiting_tasks(MOST)),
             fact(frozen),
             fact(hot),
             fact(links),
             fact(open_discrepancies),
-            fact(triggers),
         )
-        self._sample(found[0])
+        partitions, tasks, stopped, wanted, gray, differ = found
+        self._sample(partitions)
         usage = inventory.lanes.usage()
         lanes = [LaneFacts(name, lane, usage[name]) for name, lane in inventory.lanes.items()]
-        return Overview(found[0], lanes, *found[1:], lag=list(self._lag), pace=list(self._pace))
+        return Overview(partitions, lanes, tasks, stopped, wanted, gray, differ, list(self._lag), list(self._pace))
 
     async def run(self) -> None:
         """Samples until it is cancelled."""

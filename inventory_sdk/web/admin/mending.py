@@ -13,8 +13,8 @@ from starlette.routing import Route
 from inventory_sdk.errors import InventoryError
 from inventory_sdk.web.admin.acting import Act, Acting, filled, reason, who, whole
 from inventory_sdk.web.admin.controllers import GrayLinks, Reconciler, controllers_of
-from inventory_sdk.web.admin.looking import Fact, fact
 from inventory_sdk.web.admin.door import root_of
+from inventory_sdk.web.admin.looking import Fact, fact
 from inventory_sdk.web.admin.render import Renderer
 
 if TYPE_CHECKING:
