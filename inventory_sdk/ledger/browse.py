@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import func, insert, literal, select, tuple_, update
+from sqlalchemy import and_, func, insert, literal, select, tuple_, update
 
 from inventory_sdk.ledger import rows, tasks
 from inventory_sdk.ledger.engines import Engines
@@ -117,6 +117,9 @@ class SqlPages:
             query = query.where(table.c.merchant == merchant)
         if order is not None:
             query = query.where(table.c.order_id == order)
+        # MariaDB would rather skip half of an order from its newest end than begin where the page does.
+        walked = f"FORCE INDEX FOR ORDER BY ({self._store.tables.prefix}operation_{'order' if order is not None else 'time'})"
+        query = query.with_hint(table, walked, "mysql").with_hint(table, walked, "mariadb")
         if before is not None:
             # The time once more by itself: that is what the index can begin from.
             query = query.where(table.c.at_ms <= before.at_ms, tuple_(*columns) < tuple_(*_bound(before, columns)))
@@ -218,20 +221,19 @@ class SqlPages:
 
     async def changes(self, merchant: str, sku: str, *, limit: int = 50, before: int | None = None) -> Page[ChangeRow, int]:
         """Newest first."""
-        table = self._store.tables.change
-        query = select(*_change_columns(table)).where(table.c.merchant == merchant, table.c.sku == sku)
+        table, operation = self._store.tables.change, self._store.tables.operation
+        same = [table.c[name] == operation.c[name] for name in ("partition", "epoch", "seq", "index")]
+        query = (
+            select(*_change_columns(table), operation.c.kind, operation.c.operation_id, operation.c.at_ms)
+            .select_from(table.outerjoin(operation, and_(*same)))
+            .where(table.c.merchant == merchant, table.c.sku == sku)
+        )
         if before is not None:
             query = query.where(table.c.version < before)
         query = query.order_by(table.c.version.desc()).limit(limit + 1)
         async with self._reading() as connection:
             found = [_change(row) for row in await connection.execute(query)]
-            names = ("partition", "epoch", "seq", "index")
-            columns = (*names, "kind", "operation_id", "at_ms")
-            keys = {(*change.position, change.index) for change in found}
-            operation = self._store.tables.operation
-            of = {tuple(row[:4]): row[4:] for row in await self._store.bulk.select(connection, operation, columns, names, keys)}
-        told = [_told(change, of.get((*change.position, change.index))) for change in found]
-        return _page(told, limit, lambda change: change.version)
+        return _page(found, limit, lambda change: change.version)
 
     # Later-functions -------------------------------------------------------------------------------------------------------------
 
@@ -349,7 +351,7 @@ def _change_columns(table: Any) -> list[Any]:
 
 def _change(row: Any) -> ChangeRow:
     merchant, sku, version, partition, epoch, seq, index, line, quantity = row[:9]
-    numbers = row[9:]
+    numbers, of = row[9:24], row[24:]
     return ChangeRow(
         merchant,
         sku,
@@ -361,16 +363,7 @@ def _change(row: Any) -> ChangeRow:
         Counters(*numbers[:5]),
         Counters(*numbers[5:10]),
         Counters(*numbers[10:]),
-    )
-
-
-def _told(change: ChangeRow, of: Any) -> ChangeRow:
-    if of is None:
-        return change
-    kind, operation_id, at_ms = of
-    numbers = (change.quantity, change.delta, change.before, change.after)
-    return ChangeRow(
-        change.merchant, change.sku, change.version, change.position, change.index, change.line, *numbers, kind, operation_id, at_ms
+        *(of if of and of[0] is not None else ()),
     )
 
 
