@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +12,6 @@ from urllib.parse import urlencode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 
-from inventory_sdk import __version__
 from inventory_sdk.model import SEPARATOR, Kind, split_key
 from inventory_sdk.web.admin import charts
 from inventory_sdk.web.admin.door import form_token, path_of, root_of
@@ -52,7 +50,7 @@ class Renderer:
             "document": document,
             "moves": moves,
         }
-        self._env.globals |= {"chart": charts, "split": split_key, "separator": SEPARATOR, "version": __version__}
+        self._env.globals |= {"chart": charts, "split": split_key, "separator": SEPARATOR}
 
     def page(self, request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """``template`` with what every page has: who asks, where links go, the token of its forms."""
@@ -69,15 +67,9 @@ class Renderer:
             nav=self._nav() if user is not None else (),
             link=link,
             token=form_token(self._auth, user) if user is not None else "",
-            now_ms=now_ms(),
             **facts,
         )
         return HTMLResponse(body, status)
-
-
-def now_ms() -> int:
-    """This process' clock."""
-    return time.time_ns() // 1_000_000
 
 
 def moment(at_ms: int) -> str:
