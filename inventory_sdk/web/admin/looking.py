@@ -126,7 +126,7 @@ class Looking:
         async def frozen() -> int:
             return len(await inventory.stock.frozen(limit=MOST))
 
-        found: list[Any] = await asyncio.gather(
+        partitions, tasks, stopped, wanted, gray, differ = await asyncio.gather(
             fact(self.partitions),
             fact(lambda: inventory.ledger.pages.waiting_tasks(MOST)),
             fact(frozen),
@@ -134,7 +134,6 @@ class Looking:
             fact(links),
             fact(open_discrepancies),
         )
-        partitions, tasks, stopped, wanted, gray, differ = found
         self._sample(partitions)
         usage = inventory.lanes.usage()
         lanes = [LaneFacts(name, lane, usage[name]) for name, lane in inventory.lanes.items()]
