@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from inventory_sdk import __version__
+from inventory_sdk.cli.admin import admin, admin_user
 from inventory_sdk.cli.admission import admission
 from inventory_sdk.cli.demo_command import demo
 from inventory_sdk.cli.doctor import doctor
@@ -16,7 +17,7 @@ from inventory_sdk.cli.schema import schema
 from inventory_sdk.cli.worker import worker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (demo, worker, schema, doctor, admission, monitoring):
+for command in (demo, worker, schema, doctor, admission, monitoring, admin, admin_user):
     app.command()(command)
 app.add_typer(gray, name="gray")
 

@@ -16,6 +16,8 @@ from inventory_sdk.model import JournalEntry, Movement, Position
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
+    from inventory_sdk.ledger.pages import Pages
+
 WritesStock = Callable[[Sequence[Movement], "AsyncSession"], Awaitable[None]]
 
 
@@ -329,6 +331,11 @@ class Rebuilding(Protocol):
 
 class Ledger(Protocol):
     """The SQL truth. Every method is one transaction unless it says otherwise; all may raise the driver's errors."""
+
+    @property
+    def pages(self) -> Pages:
+        """What people look for: searches in pages, an operation's life, later-functions that failed, the audit."""
+        ...
 
     async def start(self) -> None: ...
     async def close(self) -> None: ...

@@ -165,6 +165,7 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         check("stock_adds_up", "supplied = available + reserved + sold + written_off"),
     )
     Index(f"{prefix}stock_partition", stock.c.partition, stock.c.merchant, stock.c.sku)
+    Index(f"{prefix}stock_sku", stock.c.sku, stock.c.merchant)
 
     # Where a merchant's new SKUs are sold; those that are there say it themselves.
     admission = table(
@@ -193,7 +194,9 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         Column("reason", _long(), nullable=True),
         UniqueConstraint("claim", name=f"{prefix}operation_claim"),
     )
-    Index(f"{prefix}operation_order", operation.c.merchant, operation.c.order_id, **where("order_id IS NOT NULL"))
+    # For people: the pages list them by time. An order's number is often all that they have, so the merchant is not in front of it.
+    Index(f"{prefix}operation_order", operation.c.order_id, operation.c.at_ms, **where("order_id IS NOT NULL"))
+    Index(f"{prefix}operation_time", operation.c.merchant, operation.c.at_ms)
     Index(f"{prefix}operation_reference", operation.c.reference, **where("reference IS NOT NULL"))
 
     # The chain is the key: a SKU has one change per version.
@@ -298,6 +301,7 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         Column("error", _long(), nullable=True),
     )
     Index(f"{prefix}task_group", task.c.merchant, task.c.group_id, task.c.number, **where("state = 'pending'"))
+    Index(f"{prefix}task_operation", task.c.partition, task.c.epoch, task.c.seq)
     Index(f"{prefix}task_state", task.c.state, task.c.number, **where("state <> 'done'"))
 
     decision = table("decision", key("key", primary=True), key("verdict", 16), number("at_ms"))

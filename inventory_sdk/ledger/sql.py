@@ -20,6 +20,7 @@ from inventory_sdk.errors import OutcomeUnknown
 from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, rows, tasks
 from inventory_sdk.ledger import verify as checks
 from inventory_sdk.ledger.apply import apply
+from inventory_sdk.ledger.browse import SqlPages
 from inventory_sdk.ledger.engines import Engines
 from inventory_sdk.ledger.enter import enter
 from inventory_sdk.ledger.protocol import (
@@ -72,6 +73,8 @@ class SqlLedger:
         self._engines = Engines(database)
         self.tables = tables(prefix)
         self._store = Store(self.tables, self._engines.bulk, self._engines.dialect.name, admission)
+        self.pages = SqlPages(self._engines, self._store)
+        """What the management pages read."""
 
     @property
     def engine(self) -> AsyncEngine:

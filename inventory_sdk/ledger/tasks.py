@@ -26,6 +26,11 @@ DEAD: Final = "dead"
 _COLUMNS: Final = ("number", "name", "version", "arguments", "group_id", "operation_id", "merchant", "attempts", "receipt")
 
 
+def row_columns(table: Any) -> list[Any]:
+    """What a ``Task`` is made from, then its state, when it is due, and its last error."""
+    return [*_columns(table), table.c.state, table.c.due_ms, table.c.error]
+
+
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
@@ -90,3 +95,12 @@ async def dead(connection: AsyncConnection, store: Store, limit: int) -> list[tu
     table = store.tables.task
     query = select(*_columns(table), table.c.error).where(table.c.state == DEAD).order_by(table.c.number).limit(limit)
     return [(Task(*row[:-1]), row[-1] or "") for row in await connection.execute(query)]
+
+
+async def retry(connection: AsyncConnection, store: Store, number: int) -> bool:
+    """See ``Pages.retry_task``; the caller commits. The last error stays with it until the next one."""
+    table = store.tables.task
+    done = await connection.execute(
+        update(table).where(table.c.number == number, table.c.state == DEAD).values(state=PENDING, attempts=0, due_ms=_now_ms())
+    )
+    return bool(done.rowcount)

@@ -6,7 +6,9 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from redis.exceptions import RedisClusterException, RedisError
 
 from inventory_sdk.errors import InvalidOperation, InventoryError, QuantityMismatch, StockFrozen, UnknownStock
 from inventory_sdk.model import Kind, Position, Reservation, StockLevel, fingerprint, key_of, split_key
@@ -17,6 +19,9 @@ from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 if TYPE_CHECKING:
     from inventory_sdk.stock.engine import Engine
+
+
+SCANNED: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,16 @@ class Reading:
     leaving: list[bool]
     results: list[str | None]
     reservations: list[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenStock:
+    """A SKU that sells nothing until ``stock.reopen`` has compared it. ``by``: where the journal has what took the refused operation
+    back out of Redis."""
+
+    merchant: str
+    sku: str
+    by: Position
 
 
 async def read(
@@ -179,3 +194,23 @@ async def reopen(engine: Engine, partition: Partition, field: str, settled: Call
             return
         raise StockFrozen(f"sku {sku!r} of merchant {merchant!r} is changing hands, or its partition is", retry_after=0.5)
     raise InventoryError(f"sku {sku!r} of merchant {merchant!r} moves too much to be compared now; try again")
+
+
+async def frozen(engine: Engine, limit: int) -> list[FrozenStock]:
+    """SKUs that a refusal of the ledger froze, at most ``limit``, sorted; ``Overloaded`` while Redis does not answer."""
+    found: list[FrozenStock] = []
+    for partition in engine.partitions:
+        cursor = 0
+        while len(found) < limit:
+            try:
+                cursor, marks = await partition.wire.client.hscan(partition.key("frozen"), cursor, count=SCANNED)
+            except (RedisError, RedisClusterException, OSError) as error:
+                raise NotExecuted(f"frozen SKUs can't be read: {error}") from error
+            for field, mark in marks.items():
+                # A SKU that changes hands has "w<fence>" here, and behind that what stood there.
+                epoch, dash, sequence = mark.decode().rpartition(" ")[2].partition("-")
+                if dash:
+                    found.append(FrozenStock(*split_key(field.decode()), Position(partition.number, int(epoch), int(sequence))))
+            if not cursor:
+                break
+    return sorted(found, key=lambda each: (each.merchant, each.sku))[:limit]

@@ -237,6 +237,10 @@ class Stock(Acts):
         # A caller who goes away half-way must not leave a merchant that nobody sells.
         return await asyncio.shield(engine.in_background(work, name))
 
+    async def frozen(self, *, limit: int = 1000) -> list[reading.FrozenStock]:
+        """SKUs that sell nothing until ``reopen`` has compared them, of all merchants, at most ``limit``."""
+        return await reading.frozen(self._engine(), limit)
+
     async def reopen(self, sku: str, *, merchant: str | None = None) -> None:
         """Unfreeze a SKU that a refusal of the ledger froze, after comparing Redis and ledger; ``QuantityMismatch`` if they differ."""
         check_text("sku", sku)

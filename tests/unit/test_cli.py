@@ -34,10 +34,10 @@ def ran(*arguments: str, code: int = 0) -> str:
 
 def test_help_lists_the_commands() -> None:
     told = ran("--help")
-    assert all(command in told for command in ("demo", "worker", "schema", "doctor"))
+    assert all(command in told for command in ("demo", "worker", "schema", "doctor", "admin", "admin-user"))
 
 
-@pytest.mark.parametrize("command", ["demo", "worker", "schema", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "worker", "schema", "doctor", "admin", "admin-user"])
 def test_every_command_explains_itself(command: str) -> None:
     assert "Usage" in ran(command, "--help")
 
@@ -204,3 +204,23 @@ async def test_doctor_looks_on_when_one_thing_does_not_answer(unused_tcp_port: i
     assert "ConnectionError" in subjects["redis"].advice
     assert "inventory-sdk schema" in subjects["schema"].advice
     assert not subjects["queue"].advice
+
+
+def test_a_person_is_a_line_for_the_file_of_users_and_the_password_is_only_a_hash() -> None:
+    line = ran("admin-user", "olga", "--role", "operator", "--password", "correct horse battery").strip()
+    assert line.startswith("olga:operator:scrypt$")
+    assert "horse" not in line
+
+
+@pytest.mark.parametrize(("name", "password"), [("a:b", "correct horse battery"), ("#a", "correct horse battery"), ("olga", "short")])
+def test_a_person_that_the_file_could_not_hold_is_refused(name: str, password: str) -> None:
+    assert "inventory-sdk: " in ran("admin-user", name, "--password", password, code=1)
+
+
+def test_the_pages_do_not_start_without_anybody_who_may_sign_in(tmp_path: Path) -> None:
+    ran("admin", "shop:inventory", code=2)
+    (tmp_path / "users").write_text("# nobody yet")
+    assert "nobody could sign in" in ran("admin", "shop:inventory", "--users", str(tmp_path / "users"), code=1)
+    assert "--users" in ran("admin", "shop:inventory", "--users", str(tmp_path / "none"), code=1)
+    (tmp_path / "users").write_text(ran("admin-user", "olga", "--password", "correct horse battery"))
+    assert "there is no module" in ran("admin", "no_such_shop:inventory", "--users", str(tmp_path / "users"), code=1)

@@ -45,6 +45,7 @@ PART_OF = {
 
 DOORS = {
     ("cli", "testing"),  # doctor --drill breaks things with the faults that users' tests have
+    ("cli", "web"),  # the command admin serves the pages
     ("stock", "ledger.protocol"),  # loading reads the truth, through its protocol only
     ("model", "errors"),
     ("errors", "model"),  # for annotations only
@@ -66,13 +67,17 @@ OUTSIDE = {
     "pytest": ("testing",),
     "pytest_asyncio": ("testing",),
     "httpx": ("gray",),
+    "starlette": ("web",),
+    "jinja2": ("web",),
+    "uvicorn": ("cli",),
 }
 """Which rooms may know an outside library at all: the others get it behind a protocol."""
 
 SUBROOMS = {
     "sync.queues": ("sync.backoff", "stock.journal", "model", "errors", "context", "metrics", "tracing"),
     "stock.journal": ("model", "errors"),
-    "ledger.protocol": ("model", "errors"),
+    "ledger.protocol": ("model", "errors", "ledger.pages"),
+    "ledger.pages": ("model", "ledger.protocol"),  # its half for people; each is the other's type
     "metrics.events": (),
 }
 """A room within a room, and all it may know of the house: a queue is one file that needs neither worker nor ledger."""

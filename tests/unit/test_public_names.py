@@ -45,11 +45,7 @@ STOCK = {
     "status": {"operation_id", "merchant"},
 }
 DECORATORS = ("reserves", "deducts", "confirms", "releases", "restocks", "takes_back", "adjusts")
-HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "verifies")
-||||||| 36b9e90
-HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane")
-=======
-HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "gray", "gray")
+HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "verifies", "gray")
 
 
 def parameters(function: Any) -> set[str]:

@@ -143,8 +143,12 @@ async def test_a_void_freezes_the_sku_and_frees_the_id_of_a_refused_take(shop: S
     await shop.stock.deduct(lines(b=1))
     await shop.stock.confirm("held")
     assert await shop.stock.status("o1") is None
+    (frozen,) = await shop.stock.frozen()
+    assert (frozen.merchant, frozen.sku, frozen.by.epoch) == (MERCHANT, "a", 1)
+    assert frozen.by.sequence > mark.sequence
     shop.ledger.rows[a] = [9, 0]
     await shop.stock.reopen("a")
+    assert await shop.stock.frozen() == []
     assert not (await shop.stock.deduct(lines(a=2), operation_id="o1")).replayed
 
 

@@ -1,0 +1,298 @@
+"""The door of the management pages, without a browser: what every request meets, and that nothing is open by accident."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from html.parser import HTMLParser
+from typing import Any
+
+import httpx
+import pytest
+from starlette.routing import Mount, Route
+
+from inventory_sdk import Inventory
+from inventory_sdk.errors import InvalidOperation
+from inventory_sdk.metrics.nothing import NoMetrics
+from inventory_sdk.web import admin_app
+from inventory_sdk.web.admin import Account, PasswordAuth, Role, User
+from tests.web.desk import HASHED, PASSWORD, SECRET, GrayLinks, Reconciler
+
+NEVER_SEEN = "/static/style.css"
+
+
+class Named:
+    """Who asks is who the header says: what a proxy in front would do, and the second implementation of ``Auth``."""
+
+    secret = SECRET
+
+    async def user(self, request: Any) -> User | None:
+        name = request.headers.get("x-user")
+        return User(name, Role.OPERATOR if name == "olga" else Role.VIEWER) if name else None
+
+
+@pytest.fixture
+async def inventory() -> AsyncIterator[Inventory]:
+    async with Inventory("memory://", merchant="m1", metrics=[NoMetrics()]) as inventory:
+        yield inventory
+
+
+@pytest.fixture
+def whole(inventory: Inventory) -> Inventory:
+    """With all controllers that have pages."""
+    inventory.gray_links, inventory.reconciler = GrayLinks(), Reconciler()  # type: ignore[attr-defined]
+    return inventory
+
+
+def signing(**more: Any) -> PasswordAuth:
+    return PasswordAuth([Account("olga", Role.OPERATOR, HASHED), Account("victor", Role.VIEWER, HASHED)], secret=SECRET, **more)
+
+
+def client(app: Any, **headers: str) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="https://admin.test", headers=headers)
+
+
+async def sign_in(browser: httpx.AsyncClient, name: str, password: str = PASSWORD, **more: str) -> httpx.Response:
+    return await browser.post("/sign-in", data={"name": name, "password": password, **more})
+
+
+async def token(browser: httpx.AsyncClient) -> str:
+    found = re.search('name="token" value="([0-9a-f]+)"', (await browser.get("/audit")).text)
+    assert found is not None
+    return found[1]
+
+
+def inline(html: str) -> list[str]:
+    """Scripts and styles that stand in the page itself."""
+    found: list[str] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            named = dict(attrs)
+            if tag == "style" or (tag == "script" and "src" not in named):
+                found.append(tag)
+            found.extend(name for name in named if name == "style" or name.startswith("on"))
+            found.extend(value for value in named.values() if value and value.lower().startswith("javascript:"))
+
+    Tags().feed(html)
+    return found
+
+
+def routes(app: Any) -> list[tuple[str, str]]:
+    """(method, path) of every page and form there is."""
+    found = []
+    for route in app._door.app.routes:
+        if isinstance(route, Route):
+            found += [(method, route.path) for method in sorted(route.methods or ())]
+        else:
+            assert isinstance(route, Mount)
+            assert route.path == "/static"
+    return found
+
+
+async def test_nobody_gets_past_any_route_and_none_is_forgotten(whole: Inventory) -> None:
+    app = admin_app(whole, auth=signing())
+    assert len(routes(app)) > 25
+    async with client(app) as browser:
+        for method, path in routes(app):
+            if path == "/sign-in":
+                continue
+            answer = await browser.request(method, path, data={"token": "", "why": "x"} if method == "POST" else None)
+            if method == "POST":
+                assert answer.status_code == 401, path
+            else:
+                assert answer.status_code == (303 if method == "GET" else 401) or method == "HEAD", path
+                assert answer.status_code != 200, path
+            assert "operation" not in answer.text, path
+    assert (await whole.ledger.pages.audit()).rows == []
+
+
+async def test_a_viewer_gets_past_no_form(whole: Inventory) -> None:
+    app = admin_app(whole, auth=signing())
+    async with client(app) as browser:
+        await sign_in(browser, "victor")
+        mark = await token(browser)
+        for method, path in routes(app):
+            if method != "POST" or path in ("/sign-in", "/sign-out"):
+                continue
+            form = {"token": mark, "why": "x", "link": "fast-allocation", "number": "7", "merchant": "m1", "sku": "a", "confirmed": "yes"}
+            answer = await browser.post(path, data=form)
+            assert (answer.status_code, "needs an operator" in answer.text) == (403, True), path
+    assert [row.kind for row in (await whole.ledger.pages.audit()).rows] == ["sign_in"]
+    assert not whole.gray_links.rules.killed  # type: ignore[attr-defined]
+    assert whole.reconciler.corrected == []  # type: ignore[attr-defined]
+
+
+async def test_a_form_of_another_session_or_another_site_does_nothing(whole: Inventory) -> None:
+    app = admin_app(whole, auth=signing())
+    form = {"link": "fast-allocation", "why": "because"}
+    async with client(app) as browser, client(app) as other:
+        await sign_in(browser, "olga")
+        await sign_in(other, "olga")
+        mine, theirs = await token(browser), await token(other)
+        assert mine != theirs
+        for wrong in ({}, {"token": ""}, {"token": theirs}, {"token": mine[:-1]}, {"token": "é"}):
+            assert (await browser.post("/link/kill", data={**form, **wrong})).status_code == 403
+        for site in ("cross-site", "same-site"):
+            answer = await browser.post("/link/kill", data={**form, "token": mine}, headers={"sec-fetch-site": site})
+            assert answer.status_code == 403
+        answer = await browser.post("/link/kill", data={**form, "token": mine}, headers={"origin": "https://elsewhere.test"})
+        assert answer.status_code == 403
+        answer = await browser.post("/link/kill", json={**form, "token": mine})
+        assert answer.status_code == 403
+        assert not whole.gray_links.rules.killed  # type: ignore[attr-defined]
+        answer = await browser.post("/link/kill", data={**form, "token": mine}, headers={"sec-fetch-site": "same-origin"})
+        assert answer.status_code == 303
+        assert whole.gray_links.rules.killed  # type: ignore[attr-defined]
+
+
+async def test_every_answer_has_the_headers_and_no_page_has_inline_script_or_style(whole: Inventory) -> None:
+    app = admin_app(whole, auth=signing())
+    async with client(app) as browser:
+        answers = [await browser.get("/sign-in"), await browser.get("/"), await browser.get(NEVER_SEEN)]
+        await sign_in(browser, "olga")
+        asked = ("/", "/search", "/links", "/link?link=fast-allocation", "/discrepancies", "/discrepancy?number=7", "/discrepancy?number=8",
+                 "/later", "/frozen", "/audit", "/products", "/nowhere", "/product?merchant=m1&sku=none", "/operation?at=x")  # fmt: skip
+        answers += [await browser.get(path) for path in asked]
+        answers.append(await browser.post("/link/kill", data={}))
+        answers.append(await browser.put("/"))
+    for answer in answers:
+        assert "script-src 'self'" in answer.headers["content-security-policy"]
+        assert "unsafe" not in answer.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        if answer.headers.get("content-type", "").startswith("text/html"):
+            assert answer.headers["cache-control"] == "no-store"
+            assert inline(answer.text) == []
+    assert {answer.status_code for answer in answers} <= {200, 303, 403, 404, 405, 422}
+
+
+async def test_a_page_whose_controller_is_missing_is_not_there(inventory: Inventory) -> None:
+    for name in ("gray_links", "reconciler", "hotspots", "redistribution"):
+        setattr(inventory, name, None)
+    async with client(admin_app(inventory, auth=signing())) as browser:
+        await sign_in(browser, "olga")
+        for path in ("/links", "/link?link=x", "/discrepancies", "/discrepancy?number=1", "/triggers"):
+            assert (await browser.get(path)).status_code == 404
+        overview = (await browser.get("/")).text
+        assert "Discrepancies" not in overview
+        assert "Gray links" not in overview
+
+
+async def test_another_auth_decides_alone_and_has_no_sign_in_form(whole: Inventory) -> None:
+    app = admin_app(whole, auth=Named())
+    async with client(app) as nobody:
+        for path in ("/", "/sign-in", "/audit"):
+            assert (await nobody.get(path)).status_code == 401
+        assert (await nobody.post("/sign-in", data={"name": "olga"})).status_code == 401
+    async with client(app, **{"x-user": "olga"}) as browser:
+        mark = await token(browser)
+        form = {"token": mark, "link": "fast-allocation", "why": "because"}
+        assert (await browser.post("/link/kill", data=form, headers={"x-user": "victor"})).status_code == 403
+        assert (await browser.post("/link/kill", data=form)).status_code == 303
+    (row,) = (await whole.ledger.pages.audit()).rows
+    assert (row.actor, row.kind, row.outcome) == ("olga", "kill", "done: nobody takes the new way any more")
+
+
+@pytest.mark.parametrize("auth", [None, object(), "olga:secret"])
+def test_there_are_no_pages_without_an_auth(auth: Any) -> None:
+    with pytest.raises(InvalidOperation, match="never open"):
+        admin_app(Inventory("memory://", metrics=[NoMetrics()]), auth=auth)
+
+
+def test_a_short_secret_is_refused() -> None:
+    short = Named()
+    short.secret = "x" * 31  # type: ignore[misc]
+    with pytest.raises(InvalidOperation, match="at least 32"):
+        admin_app(Inventory("memory://", metrics=[NoMetrics()]), auth=short)
+
+
+async def test_every_act_needs_a_reason(whole: Inventory) -> None:
+    async with client(admin_app(whole, auth=Named()), **{"x-user": "olga"}) as browser:
+        mark = await token(browser)
+        for why in ({}, {"why": "  "}, {"why": "x" * 501}):
+            answer = await browser.post("/link/kill", data={"token": mark, "link": "fast-allocation", **why})
+            assert answer.status_code == 422
+            assert "why" in answer.text
+    assert not whole.gray_links.rules.killed  # type: ignore[attr-defined]
+    assert (await whole.ledger.pages.audit()).rows == []
+
+
+async def test_an_act_that_was_cancelled_half_way_stays_on_record_as_begun(whole: Inventory) -> None:
+    entered = asyncio.Event()
+
+    async def kill(*_: Any, **__: Any) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    whole.gray_links.kill = kill  # type: ignore[attr-defined]
+    async with client(admin_app(whole, auth=Named()), **{"x-user": "olga"}) as browser:
+        mark = await token(browser)
+        form = {"token": mark, "link": "fast-allocation", "why": "because"}
+        asking = asyncio.create_task(browser.post("/link/kill", data=form))
+        await entered.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    (row,) = (await whole.ledger.pages.audit()).rows
+    assert (row.actor, row.kind, row.outcome, row.details) == ("olga", "kill", "begun", {"link": "fast-allocation", "why": "because"})
+
+
+async def test_an_act_is_not_done_when_it_cannot_be_written_down(whole: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away(*_: Any, **__: Any) -> int:
+        raise InvalidOperation("database", "…", "is away")
+
+    async with client(admin_app(whole, auth=Named()), **{"x-user": "olga"}) as browser:
+        mark = await token(browser)
+        monkeypatch.setattr(whole.ledger.pages, "begin_act", away)
+        answer = await browser.post("/link/kill", data={"token": mark, "link": "fast-allocation", "why": "because"})
+    assert answer.status_code == 422
+    assert not whole.gray_links.rules.killed  # type: ignore[attr-defined]
+
+
+async def test_the_overview_says_what_it_cannot_see(whole: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("the server is <away>")
+
+    async with client(admin_app(whole, auth=Named()), **{"x-user": "victor"}) as browser:
+        monkeypatch.setattr(whole.ledger, "partition", away)
+        answer = await browser.get("/")
+    assert answer.status_code == 200
+    assert "the server is &lt;away&gt;" in answer.text
+    assert "Failed functions" in answer.text
+
+
+async def test_what_refreshes_itself_leaves_for_the_sign_in_when_the_session_has_ended(whole: Inventory) -> None:
+    async with client(admin_app(whole, auth=signing())) as browser:
+        answer = await browser.get("/overview", headers={"hx-request": "true"})
+    assert (answer.status_code, answer.headers["hx-redirect"], answer.text) == (401, "/sign-in", "")
+
+
+@pytest.mark.parametrize("back", ["https://elsewhere.test/", "//elsewhere.test", "/\\elsewhere.test", "javascript:alert(1)", "", "x"])
+async def test_after_the_sign_in_one_stays_here(whole: Inventory, back: str) -> None:
+    async with client(admin_app(whole, auth=signing())) as browser:
+        answer = await sign_in(browser, "olga", next=back)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    for part in ("HttpOnly", "Secure", "SameSite=strict", "Path=/"):
+        assert part in cookie
+
+
+async def test_a_long_form_is_not_read_to_its_end(whole: Inventory) -> None:
+    async with client(admin_app(whole, auth=signing())) as browser:
+        assert (await sign_in(browser, "olga", "x" * 70_000)).status_code == 413
+
+
+async def test_a_websocket_is_let_down(whole: Inventory) -> None:
+    app, sent = admin_app(whole, auth=signing()), []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    await app({"type": "websocket", "path": "/", "headers": []}, receive, send)
+    assert sent == []
