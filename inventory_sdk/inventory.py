@@ -15,6 +15,8 @@ from inventory_sdk.errors import InvalidOperation, InventoryError, NotStarted
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Fanout, Metrics
 from inventory_sdk.model import Lane, Line, Position, Receipt, check_text
+from inventory_sdk.reconcile.model import Reconcile
+from inventory_sdk.reconcile.reconciler import Reconciler
 from inventory_sdk.running import LEDGER_TIMEOUT, Running
 from inventory_sdk.selectors import Selector
 from inventory_sdk.servers import servers_for
@@ -48,7 +50,8 @@ class Inventory(StockDecorators):
     for calls that name none; None: ``"queue"`` where one is configured, else ``"redis"``. ``replicas``: how many copies
     ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus'
     default registry. ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with
-    ``JournalFull`` until the worker has caught up.
+    ``JournalFull`` until the worker has caught up. ``reconcile``: when Redis, ledger and the service's tables are compared, where
+    what is found is told, and how much may be corrected.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -71,6 +74,7 @@ class Inventory(StockDecorators):
         redis_timeout: float = 2.0,
         results_window: float = 86_400.0,
         journal_cap: int = 1_000_000,
+        reconcile: Reconcile | None = None,
     ) -> None:
         super().__init__()
         if type(partitions) is not int or not 1 <= partitions <= MAX_PARTITIONS:
@@ -110,6 +114,10 @@ class Inventory(StockDecorators):
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+        settings = reconcile if reconcile is not None else Reconcile()
+        hooks = self._hooks
+        self.reconciler = Reconciler(settings, lambda: self.stock, lambda: hooks.reads_stock, hooks.writes_stock, lambda: self._merchant)
+        self._beside.append(self.reconciler)
         self.stock = Stock(self._engine, merchant=merchant, durability=self._default_durability, reach=self._reach, keeps=self._keeps)
 
     @classmethod

@@ -20,6 +20,7 @@ from inventory_sdk.errors import OutcomeUnknown
 from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, rows, tasks
 from inventory_sdk.ledger import verify as checks
 from inventory_sdk.ledger.apply import apply
+from inventory_sdk.ledger.comparing import Comparing
 from inventory_sdk.ledger.engines import Engines
 from inventory_sdk.ledger.enter import enter
 from inventory_sdk.ledger.protocol import (
@@ -45,6 +46,7 @@ from inventory_sdk.ledger.protocol import (
     Void,
     WritesStock,
 )
+from inventory_sdk.ledger.register import Register
 from inventory_sdk.ledger.schema import tables
 from inventory_sdk.ledger.store import OPEN, PENDING, REDIS, Store
 from inventory_sdk.model import JournalEntry, Position, key_of, split_key
@@ -71,6 +73,10 @@ class SqlLedger:
         self._engines = Engines(database)
         self.tables = tables(prefix)
         self._store = Store(self.tables, self._engines.bulk, self._engines.dialect.name, admission)
+        self.comparing = Comparing(self._engines, self._store)
+        """What a comparison reads."""
+        self.register = Register(self._engines, self._store)
+        """Discrepancies, their corrections, and who made them."""
 
     @property
     def engine(self) -> AsyncEngine:

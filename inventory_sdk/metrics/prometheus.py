@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, LaneUsed, Published, Retried
+from inventory_sdk.metrics.events import Applied, BatchSent, Compared, Event, Happened, LaneUsed, Published, Retried
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LAG_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
@@ -46,6 +46,10 @@ class _Collectors(NamedTuple):
     lane_overdue: Counter
     lane_refused: Counter
     lane_wait_seconds: Histogram
+    compared: Counter
+    compared_holds: Counter
+    comparison_seconds: Histogram
+    discrepancies: Gauge
 
 
 _made: WeakKeyDictionary[CollectorRegistry, _Collectors] = WeakKeyDictionary()
@@ -97,6 +101,10 @@ def _make(registry: CollectorRegistry) -> _Collectors:
         lane_overdue=counter("lane_deadline_exceeded", "Calls that were ended by their deadline.", ["lane"]),
         lane_refused=counter("lane_refused", "Calls that a lane refused at its door.", ["lane", "reason"]),
         lane_wait_seconds=histogram("lane_wait_seconds", "Time that calls waited in line for a lane.", ["lane"], SECONDS),
+        compared=counter("compared_skus", "SKUs whose Redis counters were compared with the ledger.", ["scope"]),
+        compared_holds=counter("compared_holds", "Reservations that were compared.", ["scope"]),
+        comparison_seconds=histogram("comparison_seconds", "Duration of a comparison.", ["scope"], LAG_SECONDS),
+        discrepancies=gauge("discrepancies_open", "Discrepancies at the end of the last comparison of everything.", ["cause"]),
     )
 
 
@@ -133,6 +141,8 @@ class PrometheusMetrics:
             retries.inc()
         elif isinstance(event, LaneUsed):
             self._lane(event)
+        elif isinstance(event, Compared):
+            self._compared(event)
         else:
             self._happened(event)
 
@@ -223,6 +233,13 @@ class PrometheusMetrics:
             children.wait_seconds.observe(seconds)
         for reason, count in event.refused.items():
             self._all.lane_refused.labels(event.lane, reason).inc(count)
+
+    def _compared(self, event: Compared) -> None:
+        self._all.compared.labels(event.scope).inc(event.skus)
+        self._all.compared_holds.labels(event.scope).inc(event.holds)
+        self._all.comparison_seconds.labels(event.scope).observe(event.seconds)
+        for cause, count in event.open.items():
+            self._all.discrepancies.labels(cause).set(count)
 
     def _happened(self, event: Happened) -> None:
         labels = event.labels

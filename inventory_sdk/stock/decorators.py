@@ -55,6 +55,7 @@ EVENTS: Mapping[str, str] = {
     "writes_stock_failed": "a writes_stock function refused a movement",
     "hot": "a SKU became hot",
     "cool": "a SKU is no longer hot",
+    "drift": "a comparison found two sides of the stock apart",
 }
 """What ``on`` takes."""
 
