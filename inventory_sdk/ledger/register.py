@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from inventory_sdk.errors import InventoryError
 from inventory_sdk.ledger.accounts import AuditRow, NewRow, Row
@@ -130,7 +131,7 @@ class Register:
         writes: Sequence[WritesStock] = (),
         movements: Sequence[Movement] = (),
     ) -> Row:
-        """From one of ``begins`` to ``ends``, with a row of audit (``kind``, ``actor``, ``operation_id``, ``details``) and, for the
+        """From one of ``begins`` to ``ends``, with a row of audit (``kind``, ``actor``, ``operation_id``, ``details``, ``units``) and, for the
         service's own tables, a call of ``writes``: all or nothing. ``AnotherState`` where it stands elsewhere."""
         table = self._table
         async with self._engines.write() as connection:
@@ -140,43 +141,44 @@ class Register:
                 raise AnotherState(f"discrepancy {number} is {state or 'unknown'}, not {' or '.join(begins)}")
             row = await self._get(connection, number)
             assert row is not None
-            values: dict[str, Any] = {"state": ends, "details": dumps({**row.details, **details})}
-            if ends not in LIVE:
-                values |= {"subject": None, "resolved_ms": _now()}
+            now = {**row.details, **details}
+            subject, resolved_ms = (row.subject, row.resolved_ms) if ends in LIVE else (None, _now())
+            values = {"state": ends, "details": dumps(now), "subject": subject, "resolved_ms": resolved_ms}
             await connection.execute(update(table).where(table.c.number == number).values(**values))
             if audit is not None:
                 await self._note(connection, row.merchant, row.sku, audit)
             if movements:
                 await call_writes(connection, writes, movements)
-            after = await self._get(connection, number)
-            assert after is not None
-            return after
+            return replace(row, state=ends, details=now, subject=subject, resolved_ms=resolved_ms)
 
     # Audit -----------------------------------------------------------------------------------------------------------------------
 
     async def _note(self, connection: AsyncConnection, merchant: str, sku: str | None, audit: Mapping[str, Any]) -> None:
         values = {
             "merchant": merchant, "sku": sku, "kind": audit["kind"], "actor": audit["actor"], "operation_id": audit.get("operation_id"),
-            "details": dumps(audit["details"]), "created_ms": _now(),
+            "details": dumps(audit["details"]), "units": audit.get("units", 0), "created_ms": _now(),
         }  # fmt: skip
         await connection.execute(insert(self._store.tables.audit).values(**values))
 
-    async def audits(self, limit: int, after: int | None = None, merchant: str | None = None, since_ms: int = 0) -> list[AuditRow]:
+    async def audits(self, limit: int, after: int | None = None) -> list[AuditRow]:
         """Newest first, those with a smaller number than ``after``."""
         table = self._store.tables.audit
         names = ("number", "merchant", "sku", "kind", "actor", "operation_id", "details", "created_ms")
         query = select(*(table.c[name] for name in names)).order_by(table.c.number.desc()).limit(limit)
         if after is not None:
             query = query.where(table.c.number < after)
-        if merchant is not None:
-            query = query.where(table.c.merchant == merchant)
-        if since_ms:
-            query = query.where(table.c.created_ms >= since_ms)
         async with self._engines.read() as connection:
             return [
                 AuditRow(number, shop, sku, kind, actor, operation_id, _parsed(details), created_ms)
                 for number, shop, sku, kind, actor, operation_id, details, created_ms in await connection.execute(query)
             ]
+
+    async def spent(self, merchant: str, since_ms: int) -> int:
+        """Units that corrections of a merchant have moved since then."""
+        table = self._store.tables.audit
+        query = select(func.coalesce(func.sum(table.c.units), 0)).where(table.c.merchant == merchant, table.c.created_ms >= since_ms)
+        async with self._engines.read() as connection:
+            return int((await connection.execute(query)).scalar_one())
 
     # What a run remembers ----------------------------------------------------------------------------------------------------------
 

@@ -329,7 +329,8 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         UniqueConstraint("subject", name=f"{prefix}discrepancy_subject"),
     )
     Index(f"{prefix}discrepancy_state", discrepancy.c.state, discrepancy.c.number)
-    audit = log("audit", key("actor", ID_BYTES), key("operation_id", ID_BYTES, nullable=True))
+    # ``units`` is what limits are counted by: positive for a correction, negative for one that was refused after all.
+    audit = log("audit", key("actor", ID_BYTES), key("operation_id", ID_BYTES, nullable=True), number("units", default=0))
 
     # Documents of discrepancies that a sink could not take, until it can.
     letter = table(

@@ -192,6 +192,8 @@ class Correcting:
         }  # fmt: skip
         facts = {"discrepancy": found.number, "what": found.what, "cause": found.cause, "units": plan.units, **correction}
         audit = {"kind": kind, "actor": who, "operation_id": correction["operation_id"], "details": facts}
+        if kind == "correct":
+            audit["units"] = plan.units
         details = {"correction": correction} | ({"undoes": found.correction} if kind == "undo" else {})
         if plan.way == "service":
             # Its own tables are in the ledger's database: the movement and its record are one transaction.
@@ -202,7 +204,7 @@ class Correcting:
             try:
                 await self._within_limit(self._shown(found, Plan("redis")))  # two at once may both have been within it before
             except InvalidOperation as error:
-                refused = {"kind": "refused", "actor": who, "details": {**facts, "why": str(error)}}
+                refused = {"kind": "refused", "actor": who, "details": {**facts, "why": str(error)}, "units": -plan.units}
                 await self._register.turn(found.number, [through], begins, {}, refused)
                 raise
         return await self._go_on(discrepancy(row), ends, begins)
@@ -220,8 +222,11 @@ class Correcting:
             if plan.way == "supply":
                 raise  # its first half may stand: it is gone on with
             # Nothing of it has moved, nor will.
-            facts = {"discrepancy": found.number, "units": plan.units, "why": str(error)}
-            await self._register.turn(found.number, [begun], back, {}, {"kind": "refused", "actor": correction["who"], "details": facts})
+            facts = {"discrepancy": found.number, "why": str(error)}
+            refused = {"kind": "refused", "actor": correction["who"], "details": facts}
+            if begun == "correcting":
+                refused["units"] = -plan.units
+            await self._register.turn(found.number, [begun], back, {}, refused)
             raise
         return discrepancy(await self._register.turn(found.number, [begun], ends, {}))
 
@@ -261,12 +266,7 @@ class Correcting:
 
     async def _within_limit(self, proposed: Correction) -> None:
         since = time.time_ns() // 1_000_000 - int(DAY * 1000)
-        limit, spent, after = self._settings.limit(proposed.merchant), 0, None
-        while rows := await self._register.audits(500, after, proposed.merchant, since):
-            for row in rows:
-                sign = {"correct": 1, "refused": -1}.get(row.kind, 0)
-                spent += sign * int(row.details.get("units", 0))
-            after = rows[-1].number
+        limit, spent = self._settings.limit(proposed.merchant), await self._register.spent(proposed.merchant, since)
         if spent + proposed.units > limit:
             why = (
                 f"corrections of merchant {proposed.merchant!r} would move {spent + proposed.units} units in 24 hours, {limit} are allowed"

@@ -180,8 +180,8 @@ class Reconciler:
         async def keep(found: Sequence[Finding]) -> list[Discrepancy]:
             return await self._keep(here, found)
 
-        async def ended(included: Callable[[Discrepancy], bool], seen: set[int]) -> int:
-            return await self._ended(here, included, seen, began)
+        async def ended(scope: Scope, included: Callable[[Discrepancy], bool], seen: set[int]) -> int:
+            return await self._ended(here, scope, included, seen, began)
 
         newest = await here.register.find(limit=1)
         began = newest[0].number if newest else 0
@@ -210,11 +210,14 @@ class Reconciler:
                 log.exception("a handler of event 'drift' failed")
         return [each for each, _ in kept]
 
-    async def _ended(self, here: _Here, included: Callable[[Discrepancy], bool], seen: set[int], began: int) -> int:
+    async def _ended(self, here: _Here, scope: Scope, included: Callable[[Discrepancy], bool], seen: set[int], began: int) -> int:
         """Those of the scope that were open before, and were not seen any more."""
         gone: list[Discrepancy] = []
+        subjects: list[str] | None = None
+        if scope.fields is not None and scope.keys is not None and len(scope.fields) + len(scope.keys) <= MOST:
+            subjects = _subjects(scope.fields, scope.keys)
         after: int | None = began + 1
-        while rows := await here.register.find(state="open", limit=MOST, after=after):
+        while rows := await here.register.find(state="open", subjects=subjects, limit=MOST, after=after):
             gone += [each for each in map(discrepancy, rows) if each.number not in seen and each.state == "open" and included(each)]
             after = rows[-1].number
         await here.register.gone([each.number for each in gone])
@@ -244,8 +247,7 @@ class Reconciler:
         subjects: list[str] | None = None
         if order is not None:
             fields, keys = await here.comparing.fields_of(self._home(merchant), check_text("order", order))
-            subjects = [subject_of(what, name) for what in (What.STOCK, What.SERVICE, What.BOOKS) for name in fields]
-            subjects += [subject_of(What.HOLD, key) for key in keys]
+            subjects = _subjects(fields, keys)
         rows = await here.register.find(merchant=merchant, sku=sku, kind=cause, state=state, subjects=subjects, limit=limit, after=after)
         return [discrepancy(row) for row in rows]
 
@@ -295,6 +297,12 @@ class Reconciler:
         if home is None:
             raise InvalidOperation("merchant", merchant, "must be named: this Inventory has none of its own")
         return home
+
+
+def _subjects(fields: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """All that may be found about these SKUs and reservations."""
+    skus = [subject_of(what, name) for what in (What.STOCK, What.SERVICE, What.BOOKS) for name in fields]
+    return [*skus, *(subject_of(What.HOLD, key) for key in keys)]
 
 
 def _check_limit(limit: Any) -> None:

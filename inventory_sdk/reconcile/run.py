@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from inventory_sdk.ledger.comparing import Comparing, ReadsStock
 
 Keep = Callable[[Sequence[Finding]], Awaitable[list[Discrepancy]]]
-Ended = Callable[[Callable[[Discrepancy], bool], set[int]], Awaitable[int]]
-"""(is it in the scope of this run?, numbers that it has seen) → how many others of the scope are no more."""
+Ended = Callable[["Scope", Callable[[Discrepancy], bool], set[int]], Awaitable[int]]
+"""(scope, is it in the scope and was looked at?, numbers that the run has seen) → how many others of the scope are no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Run:
         if scope.books:
             await self._books()
         sums = self._sums
-        gone = await self._ended(self._in(scope), set(sums.open))
+        gone = await self._ended(scope, self._in(scope), set(sums.open))
         return Comparison(
             scope.name, sums.skus, sums.absent, sums.direct, sums.service, sums.holds, tuple(sums.moving), tuple(sorted(sums.unopened)),
             tuple(sums.open[number] for number in sorted(sums.open)), gone, time.monotonic() - began,
@@ -217,7 +217,7 @@ class Run:
             pages = self._holds.pages(partition, scope.merchant)
         else:
             mine = [key for key in scope.keys if self._ground.engine.home(split_key(key)[0]) is partition]
-            pages = _one(await self._comparing.holds(mine))
+            pages = _one(await self._comparing.holds(mine) if mine else [])
         async for rows in pages:
             await self._pace.take(len(rows))
             found = await self._holds.look(partition, [row for row in rows if row.state == "held"])
