@@ -131,8 +131,8 @@ class Register:
         writes: Sequence[WritesStock] = (),
         movements: Sequence[Movement] = (),
     ) -> Row:
-        """From one of ``begins`` to ``ends``, with a row of audit (``kind``, ``actor``, ``operation_id``, ``details``, ``units``) and, for the
-        service's own tables, a call of ``writes``: all or nothing. ``AnotherState`` where it stands elsewhere."""
+        """From one of ``begins`` to ``ends``, with a row of audit (``kind``, ``actor``, ``operation_id``, ``details``, ``units``) and,
+        for the service's own tables, a call of ``writes``: all or nothing. ``AnotherState`` where it stands elsewhere."""
         table = self._table
         async with self._engines.write() as connection:
             locked = select(table.c.state).where(table.c.number == number).with_for_update()

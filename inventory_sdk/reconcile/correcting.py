@@ -100,16 +100,20 @@ class Correcting:
 
     async def propose(self, number: int) -> Correction:
         """What ``correct`` would do now."""
-        row = await self.row(number)
+        found, plan = await self._planned(await self.row(number))
+        return self._shown(found, plan)
+
+    async def _planned(self, row: Row) -> tuple[Discrepancy, Plan]:
+        """The discrepancy as a look just now shows it, and what to do about it."""
         if row.state == "open":
             await self._look(discrepancy(row))
-            row = await self.row(number)
+            row = await self.row(row.number)
         found = discrepancy(row)
         if row.state == "correcting":
-            return self._shown(found, _kept(found))
+            return found, _kept(found)
         if row.state != "open":
-            return self._shown(found, Plan("redis", why_not=f"is {row.state}: there is nothing to correct"))
-        return self._shown(found, await self._plan(found))
+            return found, Plan("redis", why_not=f"is {row.state}: there is nothing to correct")
+        return found, await self._plan(found)
 
     async def _plan(self, found: Discrepancy) -> Plan:
         over, held = found.available, found.reserved
@@ -151,7 +155,8 @@ class Correcting:
             return discrepancy(row)
         if row.state == "correcting":
             return await self._go_on(discrepancy(row), "corrected", "open")
-        proposed = await self.propose(number)
+        found, plan = await self._planned(row)
+        proposed = self._shown(found, plan)
         if proposed.why_not:
             raise InvalidOperation("number", number, f"can't be corrected: {proposed.why_not}")
         if proposed.needs_confirmation and not confirmed:
@@ -160,10 +165,6 @@ class Correcting:
                 "confirmed", confirmed, f"discrepancy {number} moves {proposed.units} units, more than {limit}: confirm it"
             )
         await self._within_limit(proposed)
-        found = discrepancy(await self.row(number))
-        plan = await self._plan(found)
-        if (plan.side, plan.available, plan.reserved) != (proposed.side, proposed.available, proposed.reserved):
-            raise InvalidOperation("number", number, "has changed meanwhile: look at it once more")
         return await self._begin(found, plan, "correct", reason, who)
 
     async def undo(self, number: int, reason: str, who: str) -> Discrepancy:

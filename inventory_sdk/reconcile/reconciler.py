@@ -211,7 +211,7 @@ class Reconciler:
         return [each for each, _ in kept]
 
     async def _ended(self, here: _Here, scope: Scope, included: Callable[[Discrepancy], bool], seen: set[int], began: int) -> int:
-        """Those of the scope that were open before, and were not seen any more."""
+        """Those of the scope that were open before, up to number ``began``, and were not seen any more."""
         gone: list[Discrepancy] = []
         subjects: list[str] | None = None
         if scope.fields is not None and scope.keys is not None and len(scope.fields) + len(scope.keys) <= MOST:
@@ -288,7 +288,7 @@ class Reconciler:
         async def look(found: Discrepancy) -> None:
             fields = [found.name] if found.what in (What.STOCK, What.SERVICE) or (found.what == What.BOOKS and found.merchant) else []
             keys = [found.name] if found.what == What.HOLD else []
-            await self._over(here, Scope(f"discrepancy {found.number}", fields=fields, keys=keys), None)
+            await self._over(here, Scope(f"discrepancy {found.number}", fields=fields, keys=keys, single=True), None)
 
         return Correcting(here.ground, self.settings, self._stock(), self._writes, look)
 

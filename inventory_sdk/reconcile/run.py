@@ -35,6 +35,8 @@ class Scope:
     merchant: str | None = None
     fields: Sequence[str] | None = None
     keys: Sequence[str] | None = None
+    single: bool = False
+    """One discrepancy, looked at once more."""
     books: bool = False
     """The ledger's own books too, all of them."""
 
@@ -155,7 +157,9 @@ class Run:
                 doubts.update({name: (by_name[name], drift) for name, drift in look.services.items()})
                 look.services.clear()
             if look.stock or look.services or look.unsound:
-                certain = await self._looking.confirmed(partition, places, look)
+                # A single discrepancy was looked at twice when it was found.
+                certain = look if scope.single else await self._looking.confirmed(partition, places, look)
+                sums.moving += [name for name in certain.moving if name not in look.moving]
                 await self._name(partition, certain)
             if self._progress is not None:
                 self._progress(sums.looked, total)
@@ -165,7 +169,6 @@ class Run:
             await self._orphans(partition)
 
     async def _name(self, partition: Partition, look: Look) -> None:
-        self._sums.moving += look.moving
         found: list[Finding] = []
         for drift in look.stock.values():
             cause, evidence = await self._causes.of(partition, drift)
