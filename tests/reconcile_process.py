@@ -1,7 +1,7 @@
 """A shop with tables of its own, for tests that compare it while several processes sell.
 
     python -m tests.reconcile_process work <settings JSON>
-    python -m tests.reconcile_process sell <settings JSON> <seed> <JSON list of [merchant, sku]>
+    python -m tests.reconcile_process sell <settings JSON> <seed> <file with a JSON list of [merchant, sku]>
 
 Each says ``ready`` and ends when its standard input does; ``sell`` then says what it has sold and supplied, per merchant and SKU.
 """
@@ -15,6 +15,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, MetaData, String, Table, bindparam, select, update
@@ -99,6 +100,11 @@ async def sell(
         await asyncio.sleep(dice.random() * 0.1)
 
 
+def read(path: str) -> list[list[str]]:
+    stocked: list[list[str]] = json.loads(Path(path).read_text())
+    return stocked
+
+
 async def main() -> None:
     what, settings = sys.argv[1], json.loads(sys.argv[2])
     stop = asyncio.Event()
@@ -114,7 +120,7 @@ async def main() -> None:
         else:
             say(act="ready")
             counts = {name: Counter[str]() for name in ("sold", "supplied", "written_off", "short")}
-            stocked = json.loads(sys.argv[4])
+            stocked = read(sys.argv[4])
             await asyncio.gather(*(sell(inventory, random.Random(f"{sys.argv[3]}-{n}"), stop, stocked, counts) for n in range(4)))
             say(act="counted", **counts)
         waiting.cancel()

@@ -61,7 +61,7 @@ class Retried:
 class Happened:
     """Something worth counting and maybe an alert: ``frozen``, ``recovered``, ``lost``, ``late_entry``, ``fork``, ``unreadable``,
     ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
-    ``drift``, ``sink_away``.
+    ``drift``, ``sink_away``, ``sink_refused``.
 
     Labels have few values: partition, kind, reason, why, task."""
 

@@ -10,12 +10,14 @@ from typing import Final
 from inventory_sdk.beside import Ground
 from inventory_sdk.metrics.events import Happened
 from inventory_sdk.reconcile.model import Discrepancy
-from inventory_sdk.reconcile.sinks.protocol import Document, Event, Sink, document
+from inventory_sdk.reconcile.sinks.protocol import Document, Event, Sink, SinkRefused, document
 from inventory_sdk.reconcile.sinks.sql import register_of
 
 log = logging.getLogger("inventory_sdk.reconcile")
 
 LETTERS: Final = 500
+REFUSED: Final = ".refused"
+"""Behind a sink's name: letters that it will never take, for somebody to look at."""
 
 
 class Teller:
@@ -67,6 +69,10 @@ class Teller:
     async def _taken(self, sink: Sink, documents: Sequence[Document]) -> bool:
         try:
             await sink.write(documents)
+        except SinkRefused as error:
+            log.error("sink %s refused documents for good, they are kept as %s%s: %s", sink.name, sink.name, REFUSED, error)
+            self._ground.metrics.record(Happened("sink_refused", {"reason": sink.name}))
+            await self._register.post(sink.name + REFUSED, [each.fields() for each in documents if each.id in error.ids])
         except Exception as error:  # noqa: BLE001 - a sink is somebody else's server or code; what it did not take is kept
             log.warning("sink %s did not take %d documents, they wait in the ledger: %s", sink.name, len(documents), error)
             self._ground.metrics.record(Happened("sink_away", {"reason": sink.name}))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.metrics.events import Retried
-from inventory_sdk.reconcile.sinks.protocol import Document, SinkAway, document
+from inventory_sdk.reconcile.sinks.protocol import Document, SinkAway, SinkRefused, document
 from inventory_sdk.sync.backoff import Backoff
 
 if TYPE_CHECKING:
@@ -76,12 +76,15 @@ class ElasticsearchSink:
         self._templated = False
 
     async def write(self, documents: Sequence[Document]) -> None:
-        """In bulks; each is asked for again a few times where the server was busy. ``SinkAway`` when that was not enough, or for a
-        document that it will never take."""
+        """In bulks; what the server was too busy for is sent again a few times. ``SinkAway`` when that was not enough,
+        ``SinkRefused`` for documents that no mapping fits."""
+        refused: dict[str, str] = {}
         for start in range(0, len(documents), CHUNK):
-            await self._insist(list(documents[start : start + CHUNK]))
+            await self._insist(list(documents[start : start + CHUNK]), refused)
+        if refused:
+            raise SinkRefused(list(refused), next(iter(refused.values())))
 
-    async def _insist(self, waiting: list[Document]) -> None:
+    async def _insist(self, waiting: list[Document], refused: dict[str, str]) -> None:
         backoff, why = Backoff(self._first_delay, 5.0), ""
         while waiting:
             if backoff.attempts:
@@ -89,7 +92,7 @@ class ElasticsearchSink:
                 self._ground.metrics.record(Retried("elasticsearch", why.partition(":")[0]))
             try:
                 await self._make_template()
-                waiting, why = await self._bulk(waiting)
+                waiting, why = await self._bulk(waiting, refused)
             except self._library.ApiError as error:
                 if error.meta.status not in PASSES:
                     raise SinkAway(f"Elasticsearch refused: {error.meta.status} {error.body}") from error
@@ -110,8 +113,8 @@ class ElasticsearchSink:
             )
             self._templated = True
 
-    async def _bulk(self, documents: Sequence[Document]) -> tuple[list[Document], str]:
-        """One request; the documents that were not taken, and why."""
+    async def _bulk(self, documents: Sequence[Document], refused: dict[str, str]) -> tuple[list[Document], str]:
+        """One request; the documents that were not taken yet, and why."""
         assert self._client is not None, "started"
         operations: list[Mapping[str, Any]] = []
         for each in documents:
@@ -126,10 +129,11 @@ class ElasticsearchSink:
             status = int(item["create"]["status"])
             if status in (200, 201, ALREADY_THERE):
                 continue
-            why = f"status {status}: {item['create'].get('error')}"
-            if status not in PASSES:
-                raise SinkAway(f"Elasticsearch refused document {each.id}: {why}")
-            left.append(each)
+            if status in PASSES:
+                why = f"status {status}: {item['create'].get('error')}"
+                left.append(each)
+            else:
+                refused[each.id] = f"status {status}: {item['create'].get('error')}"
         return left, why
 
     async def search(

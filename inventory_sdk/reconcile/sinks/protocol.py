@@ -20,6 +20,14 @@ class SinkAway(InventoryError):
     """The sink could not take these documents now; they are kept and sent again."""
 
 
+class SinkRefused(InventoryError):
+    """The sink has taken the others, and will never take the documents of these ``ids``: they are kept aside, by name."""
+
+    def __init__(self, ids: Sequence[str], why: str) -> None:
+        super().__init__(f"{len(ids)} documents were refused for good, {ids[0]!r} first: {why}")
+        self.ids = tuple(ids)
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One thing that happened to one discrepancy. ``id`` is the same however often it is sent. ``at_ms``: Unix milliseconds."""
@@ -80,7 +88,7 @@ class Sink(Protocol):
 
     async def write(self, documents: Sequence[Document]) -> None:
         """All of them, each once however often it is sent. ``SinkAway`` when that is not possible now: nothing is half taken that a
-        repeat would not put right."""
+        repeat would not put right. ``SinkRefused`` when all are taken but those that it names."""
         ...
 
     async def close(self) -> None:
