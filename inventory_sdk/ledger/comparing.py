@@ -160,13 +160,14 @@ class Comparing:
     async def gaps(self, partition: int, epoch: int, limit: int) -> list[tuple[int, int]]:
         """Ranges of sequences up to the watermark that left no entry here, oldest first."""
         entry, table = self._store.tables.entry, self._store.tables.partition
-        here = (entry.c.partition == partition, entry.c.epoch == epoch)
-        async with self._engines.read() as connection:
-            applied = (
-                await connection.execute(select(table.c.applied).where(table.c.partition == partition, table.c.epoch == epoch))
-            ).scalar()
-            there = (await connection.execute(select(func.count()).select_from(entry).where(*here))).scalar_one()
-            if applied is None or there >= applied:
+        # Of one moment: counted a little later than the watermark was read, new entries would make up for missing ones.
+        async with self._engines.snapshot() as connection:
+            query = select(table.c.applied).where(table.c.partition == partition, table.c.epoch == epoch)
+            applied = int((await connection.execute(query)).scalar() or 0)
+            here = (entry.c.partition == partition, entry.c.epoch == epoch, entry.c.seq <= applied)
+            counted = select(func.count(), func.max(entry.c.seq)).where(*here)
+            there, newest = (await connection.execute(counted)).one()
+            if there >= applied:
                 return []
             before = entry.alias("before")
             one_less = and_(before.c.partition == partition, before.c.epoch == epoch, before.c.seq == entry.c.seq - 1)
@@ -181,9 +182,8 @@ class Comparing:
             for end in (await connection.execute(ends)).scalars():
                 last = select(func.max(entry.c.seq)).where(*here, entry.c.seq < end)
                 found.append((int((await connection.execute(last)).scalar() or 0) + 1, int(end) - 1))
-            newest = int((await connection.execute(select(func.max(entry.c.seq)).where(*here))).scalar() or 0)
-            if newest < applied:
-                found.append((newest + 1, int(applied)))
+            if (newest or 0) < applied:
+                found.append((int(newest or 0) + 1, applied))
             return found
 
     @asynccontextmanager

@@ -78,13 +78,12 @@ class Causes:
             "ledger": dict(zip(("available", "reserved", "sold", "supplied", "written_off"), drift.account.row, strict=True)),
         }
         known = await self._learn(partition, drift.epoch)
+        explanations = [*self._books(drift), *self._rejected(known, drift), *self._missing(known, drift)]
+        for each in explanations:
+            if each.units == drift.units:
+                return each.cause, base | each.evidence
         past = await self._comparing.past(drift.field, HISTORY)
-        explanations = [
-            *self._books(drift),
-            *self._rejected(known, drift),
-            *self._missing(known, drift),
-            *await self._went_back(partition, drift, past),
-        ]
+        explanations += await self._went_back(partition, drift, past)
         for count in range(1, len(explanations) + 1):
             for some in combinations(explanations, count):
                 if _sum(each.units for each in some) == drift.units:
