@@ -2,7 +2,8 @@
 
 ``inventory-sdk worker benchmarks.shop:inventory`` runs its worker. INVENTORY_BENCH_NAME names namespace and tables,
 INVENTORY_BENCH_WRITES is ``none``, ``batch`` (``writes_stock``) or ``later`` (a function per operation). INVENTORY_BENCH_WINDOW (seconds)
-and INVENTORY_BENCH_CAP (entries) make results and journal small, for ``benchmarks.endurance``.
+and INVENTORY_BENCH_CAP (entries) make results and journal small, for ``benchmarks.endurance``; INVENTORY_BENCH_RATE (SKUs per
+second) is for ``benchmarks.reconcile``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sqlalchemy import BigInteger, Column, MetaData, String, Table, bindparam, i
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from inventory_sdk import Inventory, Line, Movement, injected
+from inventory_sdk.reconcile.model import Reconcile
 
 NAME: Final = os.environ.get("INVENTORY_BENCH_NAME", "bench")
 WRITES: Final = os.environ.get("INVENTORY_BENCH_WRITES", "none")
@@ -39,6 +41,7 @@ inventory = Inventory.from_env(
     table_prefix=f"{NAME}_",
     results_window=float(os.environ.get("INVENTORY_BENCH_WINDOW", "86400")),
     journal_cap=int(os.environ.get("INVENTORY_BENCH_CAP", "1000000")),
+    reconcile=Reconcile(every=None, whole_every=None, rate=float(os.environ.get("INVENTORY_BENCH_RATE", "20000"))),
 )
 
 if WRITES == "batch":

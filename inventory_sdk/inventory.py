@@ -18,6 +18,8 @@ from inventory_sdk.gray.links import GrayLinks
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Fanout, Metrics
 from inventory_sdk.model import Lane, Line, Position, Receipt, check_text
+from inventory_sdk.reconcile.model import Reconcile
+from inventory_sdk.reconcile.reconciler import Reconciler
 from inventory_sdk.running import LEDGER_TIMEOUT, Running
 from inventory_sdk.selectors import Selector
 from inventory_sdk.servers import servers_for
@@ -53,7 +55,8 @@ class Inventory(StockDecorators):
     ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus'
     default registry. ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with
     ``JournalFull`` until the worker has caught up. ``gray_snapshot``: a file in which the last rules of the gray links are kept, for a
-    start without Redis.
+    start without Redis. ``reconcile``: when Redis, ledger and the service's tables are compared, where what is found is told, and how
+    much may be corrected.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -77,6 +80,7 @@ class Inventory(StockDecorators):
         results_window: float = 86_400.0,
         journal_cap: int = 1_000_000,
         gray_snapshot: str | os.PathLike[str] | None = None,
+        reconcile: Reconcile | None = None,
     ) -> None:
         super().__init__()
         if type(partitions) is not int or not 1 <= partitions <= MAX_PARTITIONS:
@@ -117,6 +121,10 @@ class Inventory(StockDecorators):
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+        settings = reconcile if reconcile is not None else Reconcile()
+        hooks = self._hooks
+        self.reconciler = Reconciler(settings, lambda: self.stock, lambda: hooks.reads_stock, hooks.writes_stock, lambda: self._merchant)
+        self._beside.append(self.reconciler)
         self.stock = Stock(self._engine, merchant=merchant, durability=self._default_durability, reach=self._reach, keeps=self._keeps)
         self.gray_links = GrayLinks(self._default_merchant, self.stock, self._metrics, gray_snapshot)
         self._registry.runner = self.gray_links.run_later

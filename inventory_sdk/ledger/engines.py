@@ -194,6 +194,19 @@ class Engines:
                     await connection.exec_driver_sql("BEGIN")
                 yield connection
 
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that sees one moment, whatever it asks and however long, and is rolled back. ``LedgerUnavailable``."""
+        with faults_named() as opening:
+            async with self.bound().engine.connect() as connection:
+                if not self.sqlite:
+                    await connection.execution_options(isolation_level="REPEATABLE READ")
+                opening.done = True
+                await connection.begin()
+                if self.sqlite and not await self._in_transaction(connection):
+                    await connection.exec_driver_sql("BEGIN")
+                yield connection
+
     async def _begin_immediate(self, connection: AsyncConnection) -> None:
         if await self._in_transaction(connection):
             # A hook of the user's engine has begun already, but nothing has happened in it yet.

@@ -142,7 +142,7 @@ class Reading:
         after: tuple[str, str] | None = None
         while True:
             # From key to key, not with a cursor: a rebuild may stop between chunks and leaves nothing open.
-            page = query if after is None else query.where(key > tuple_(*_bound(after, table.c.merchant, table.c.sku)))
+            page = query if after is None else query.where(key > tuple_(*bound(after, table.c.merchant, table.c.sku)))
             found = [tuple(row) for row in await self._connection.execute(page)]
             if found:
                 yield [Balance(key_of(row[0], row[1]), row[2], row[3]) for row in found]
@@ -212,7 +212,7 @@ async def results_page(
     query = select(*order, entry.c.operations).where(entry.c.partition == partition, entry.c.at_ms >= since_ms)
     if before is not None:
         # The time once more by itself: that is what the index can begin from.
-        query = query.where(entry.c.at_ms <= before[0], tuple_(*order) < tuple_(*_bound(before, *order)))
+        query = query.where(entry.c.at_ms <= before[0], tuple_(*order) < tuple_(*bound(before, *order)))
     entries = list(await connection.execute(query.order_by(*(column.desc() for column in order)).limit(size)))
     chosen: list[tuple[int, int, int]] = []
     carried = 0
@@ -231,6 +231,6 @@ async def results_page(
     return found, None if ended or not chosen else chosen[-1]
 
 
-def _bound(values: Sequence[Any], *columns: Any) -> list[Any]:
+def bound(values: Sequence[Any], *columns: Any) -> list[Any]:
     """Parameters with the columns' types, so that keys are sent as the database stores them."""
     return [literal(value, column.type) for value, column in zip(values, columns, strict=True)]

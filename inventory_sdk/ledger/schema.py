@@ -37,6 +37,8 @@ ID_BYTES: Final = 384
 """Room for an id of the user's (128) inside a derived one."""
 KEY_BYTES: Final = 512
 """merchant, separator, id."""
+SUBJECT_BYTES: Final = 640
+"""What kind of thing, separator, key."""
 
 COUNTERS: Final = ("available", "reserved", "sold", "supplied", "written_off")
 
@@ -93,6 +95,7 @@ class Tables:
     setting: Table
     discrepancy: Table
     audit: Table
+    letter: Table
 
     def all(self) -> tuple[Table, ...]:
         """Every table, in order of creation."""
@@ -112,6 +115,7 @@ class Tables:
             self.setting,
             self.discrepancy,
             self.audit,
+            self.letter,
         )
 
 
@@ -307,7 +311,7 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
     decision = table("decision", key("key", primary=True), key("verdict", 16), number("at_ms"))
     setting = table("setting", key("name", NAME_BYTES, primary=True), key("value"))
 
-    def log(name: str, *more: Column[Any]) -> Table:
+    def log(name: str, *more: Any) -> Table:
         made = table(
             name,
             Column("number", BigInteger().with_variant(Integer(), "sqlite"), primary_key=True, autoincrement=True),
@@ -321,8 +325,27 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         Index(f"{prefix}{name}_created", made.c.merchant, made.c.created_ms)
         return made
 
-    discrepancy = log("discrepancy", key("state", 16), Column("resolved_ms", BigInteger, nullable=True))
-    audit = log("audit", key("actor", ID_BYTES), key("operation_id", ID_BYTES, nullable=True))
+    # What disagrees has one row while it does: its subject is unique, and NULL once that has ended.
+    discrepancy = log(
+        "discrepancy",
+        key("state", 16),
+        Column("resolved_ms", BigInteger, nullable=True),
+        key("subject", SUBJECT_BYTES, nullable=True),
+        UniqueConstraint("subject", name=f"{prefix}discrepancy_subject"),
+    )
+    Index(f"{prefix}discrepancy_state", discrepancy.c.state, discrepancy.c.number)
+    # ``units`` is what limits are counted by: positive for a correction, negative for one that was refused after all.
+    audit = log("audit", key("actor", ID_BYTES), key("operation_id", ID_BYTES, nullable=True), number("units", default=0))
+
+    # Documents of discrepancies that a sink could not take, until it can.
+    letter = table(
+        "letter",
+        Column("number", BigInteger().with_variant(Integer(), "sqlite"), primary_key=True, autoincrement=True),
+        key("sink", NAME_BYTES),
+        Column("document", _long(), nullable=False),
+        number("created_ms"),
+    )
+    Index(f"{prefix}letter_sink", letter.c.sink, letter.c.number)
 
     return Tables(
         prefix=prefix,
@@ -342,4 +365,5 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         setting=setting,
         discrepancy=discrepancy,
         audit=audit,
+        letter=letter,
     )

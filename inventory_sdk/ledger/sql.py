@@ -21,6 +21,7 @@ from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, rows, ta
 from inventory_sdk.ledger import verify as checks
 from inventory_sdk.ledger.apply import apply
 from inventory_sdk.ledger.browse import SqlPages
+from inventory_sdk.ledger.comparing import Comparing
 from inventory_sdk.ledger.engines import Engines
 from inventory_sdk.ledger.enter import enter
 from inventory_sdk.ledger.protocol import (
@@ -47,6 +48,7 @@ from inventory_sdk.ledger.protocol import (
     Void,
     WritesStock,
 )
+from inventory_sdk.ledger.register import Register
 from inventory_sdk.ledger.schema import tables
 from inventory_sdk.ledger.store import OPEN, PENDING, REDIS, Store
 from inventory_sdk.model import JournalEntry, Position, key_of, split_key
@@ -75,6 +77,10 @@ class SqlLedger:
         self._store = Store(self.tables, self._engines.bulk, self._engines.dialect.name, admission)
         self.pages = SqlPages(self._engines, self._store)
         """What the management pages read."""
+        self.comparing = Comparing(self._engines, self._store)
+        """What a comparison reads."""
+        self.register = Register(self._engines, self._store)
+        """Discrepancies, their corrections, and who made them."""
 
     @property
     def engine(self) -> AsyncEngine:

@@ -60,7 +60,8 @@ class Retried:
 @dataclass(frozen=True, slots=True)
 class Happened:
     """Something worth counting and maybe an alert: ``frozen``, ``recovered``, ``lost``, ``late_entry``, ``fork``, ``unreadable``,
-    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``.
+    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
+    ``drift``, ``sink_away``, ``sink_refused``.
 
     Labels have few values: partition, kind, reason, why, task."""
 
@@ -130,7 +131,19 @@ class GrayRules:
     paused: bool
 
 
-Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed | Behind | Alerting | GrayRouted | GrayRules
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One comparison of Redis, ledger and the service's tables. ``scope``: ``everything``, ``what`` (was touched), ``merchant``,
+    ``discrepancy``. ``open``: discrepancies by cause, of a comparison of everything; empty for others."""
+
+    scope: str
+    skus: int
+    holds: int
+    open: Mapping[str, int]
+    seconds: float
+
+
+Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed | Behind | Alerting | GrayRouted | GrayRules | Compared
 
 
 class Metrics(Protocol):

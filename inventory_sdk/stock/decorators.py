@@ -58,6 +58,7 @@ EVENTS: Mapping[str, str] = {
     "cool": "a SKU is no longer hot",
     "alert": "a business alert fires, or is over",
     "gray_taken_back": "a gray link's guard took merchants, or the link, back to the stable side",
+    "drift": "a comparison found two sides of the stock apart",
 }
 """What ``on`` takes."""
 

@@ -135,6 +135,15 @@ class Upkeep:
         """Raise the counters by what entered through the ledger, once; ``StockFrozen`` when its epoch is not the open one."""
         await self._make(partition, epoch, credit_operation(credit))
 
+    async def correct(
+        self, partition: int, epoch: int, key: str, units: tuple[str, int, int], reason: str, *, ledger: bool = False
+    ) -> None:
+        """Move the counters of (field, available, reserved) by so much, once under this key, journaled; the ledger stays as it is.
+        ``ledger``: the other way round, for units that Redis has sold and the ledger does not know of. ``StockFrozen`` when the epoch
+        is not the open one: then Redis was filled from the ledger anew."""
+        extra = json.dumps({"reason": reason})
+        await self._make(partition, epoch, ["correct", key, "correct", list(units), "", "", 0, extra, "", "l" if ledger else ""])
+
     async def _make(self, partition: int, epoch: int, operation: list[Any], later: bool = False) -> Answer:
         view = self._partition(partition)
         for _ in range(5):

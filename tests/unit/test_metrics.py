@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from inventory_sdk.metrics import (
     Applied,
     BatchSent,
+    Compared,
     Event,
     Fanout,
     GrayRouted,
@@ -57,6 +58,17 @@ def test_every_event_is_counted_in_base_units(registry: CollectorRegistry) -> No
     assert value("inventory_retries_total", {"what": "ledger", "reason": "OSError"}) == 1
     assert value("inventory_events_total", {"name": "frozen", "partition": "0", "reason": "meta_missing"}) == 1
     assert value("inventory_events_total", {"name": "dead_letter", "partition": "", "reason": "write_order"}) == 1
+
+
+def test_a_comparison_is_counted_and_only_one_of_everything_says_how_many_are_open(registry: CollectorRegistry) -> None:
+    metrics = PrometheusMetrics(registry)
+    metrics.record(Compared("everything", 1000, 5, {"went_back": 2, "rejected": 0}, 1.5))
+    metrics.record(Compared("what", 10, 5, {}, 0.5))
+    value = registry.get_sample_value
+    assert value("inventory_compared_skus_total", {"scope": "everything"}) == 1000
+    assert value("inventory_compared_holds_total", {"scope": "what"}) == 5
+    assert value("inventory_comparison_seconds_sum", {"scope": "everything"}) == 1.5
+    assert value("inventory_discrepancies_open", {"cause": "went_back"}) == 2
 
 
 def test_a_lane_is_counted_by_its_reports(registry: CollectorRegistry) -> None:

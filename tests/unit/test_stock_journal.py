@@ -102,7 +102,7 @@ async def raw(shop: Shop, kind: str) -> list[Any]:
         "keep": ["keep", f"{held}\x1fkeep", "", [], "", held, 0, "", mark[1], ""],
         "credit": ["credit", key_of(MERCHANT, "\x1fcredit\x1f0-9"), "credit", [a, 1], "", key_of(MERCHANT, "po"), 0, "", "", ""],
         "void": ["void", key_of(MERCHANT, "\x1fvoid\x1f1-1-0"), "void", [a, 2, -2], "", held, 0, "", mark[1], "f"],
-        "correct": ["correct", key_of(MERCHANT, "\x1fcorrect\x1f1"), "correct", [a, 1], "", "", 0, "", "", ""],
+        "correct": ["correct", key_of(MERCHANT, "\x1fcorrect\x1f1"), "correct", [a, 1, 0], "", "", 0, "", "", ""],
     }
     return operations[kind]
 

@@ -289,7 +289,9 @@ class Model:
             self.results[reference] = Result("entered", self.mark, remaining, order)
         return [0, *remaining]
 
-    correct = credit
+    def correct(self, operation: list[Any]) -> list[Any]:
+        pairs = [value for at in range(0, len(operation[3]), 3) for value in operation[3][at : at + 2]]
+        return self.credit([*operation[:3], pairs, *operation[4:]])
 
 
 # What is tried ---------------------------------------------------------------------------------------------------------------
@@ -349,7 +351,10 @@ def built(step: list[tuple[Any, ...]], model: Model) -> list[list[Any]]:
                 made.append([kind, f"{key}\x1fkeep", "", [], "", key, 0, "", mark, ""])
         else:
             reference = key_of(MERCHANT, values[2]) if values[2] and kind == "credit" else ""
-            made.append([kind, key_of(MERCHANT, f"\x1f{kind}\x1f{values[0]}"), kind, flat_of(values[1]), "", reference, 0, "", "", ""])
+            flat = flat_of(values[1])
+            if kind == "correct":
+                flat = [value for at in range(0, len(flat), 2) for value in (flat[at], flat[at + 1], 0)]
+            made.append([kind, key_of(MERCHANT, f"\x1f{kind}\x1f{values[0]}"), kind, flat, "", reference, 0, "", "", ""])
     return made
 
 
@@ -419,7 +424,9 @@ async def play(server: str, steps: list[Any]) -> None:
                 assert answers == wanted, f"{batch}"
                 assert len(entries) == any(answer[0] <= 0 for answer in wanted)
                 credited = zip(batch, wanted, strict=True)
-                supplied += sum(sum(op[3][1::2]) for op, answer in credited if op[0] in ("credit", "correct") and answer[0] == 0)
+                for op, answer in credited:
+                    if op[0] in ("credit", "correct") and answer[0] == 0:
+                        supplied += sum(op[3][1 :: 3 if op[0] == "correct" else 2])
             found = await state(shop)
             assert found == expected(model), f"after {step}"
             assert all(value >= 0 for value in [*model.available.values(), *model.reserved.values()])

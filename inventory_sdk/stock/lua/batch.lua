@@ -7,7 +7,9 @@
 --         undo and keep: reference = key of the take, mark = its position; undo: flag = kind of the take, ttl ms = 1: spoken by
 --         the hold's decider
 --         pin: ttl ms = 1: the decider's commit confirms; else what a resume gives it (0: until closed); mark = ms until overdue
---         void: lines in threes: field, available delta, reserved delta; flag "f" freezes the SKUs, reference = reservation to close
+--         void, correct: lines in threes: field, available delta, reserved delta
+--         void: flag "f" freezes the SKUs, reference = reservation to close
+--         correct: flag "l": the ledger is what was wrong. It writes off (an adjust beside the correct), and Redis stays as it is
 --         credit: reference = key of the operation that entered through the ledger
 --         keep: flag = a field of the take
 --         Calls over several partitions (docs/explanation/spanning.md). A line of another partition is \29 partition \29 field: it is
@@ -155,7 +157,7 @@ for i = 1, #ops do
   if kind == 'deduct' or kind == 'adjust' then
     for j = 1, #lines, 2 do fields[#fields + 1] = lines[j] end
   else
-    local step = kind == 'void' and 3 or 2
+    local step = (kind == 'void' or kind == 'correct') and 3 or 2
     for j = 1, #lines, step do both[#both + 1] = lines[j] end
   end
 end
@@ -309,7 +311,7 @@ local function gone(op, record)
       end
     end
   end
-  if op and not LEDGER_NEUTRAL[op[1]] then
+  if op and (not LEDGER_NEUTRAL[op[1]] or find(op[10], 'l', 1, true)) then
     look(op[4], 1)
     if op[1] == 'keep' then look({op[10]}, 1) end
     record = holds[op[1] == 'reserve' and op[2] or op[6]]
@@ -813,7 +815,34 @@ function decide.credit(i, op)
   if op[6] ~= '' and not results[op[6]] then remember(op[6], 'entered', remaining, op[5]) end
   journaled(i, op, lines, remaining, 0)
 end
-decide.correct = decide.credit
+
+-- Redis comes up (or down) to the ledger, below zero if need be: by a delta, so it holds whatever is sold meanwhile.
+function decide.correct(i, op)
+  local answer = seen(op)
+  if answer then return answer end
+  local lines, names, remaining, written = op[4], {}, {}, {}
+  for j = 1, #lines, 3 do
+    names[#names + 1] = lines[j]
+    names[#names + 1] = 0
+  end
+  answer = not_loaded(names)
+  if answer then return answer end
+  local ledgers = find(op[10], 'l', 1, true)
+  for j = 1, #lines, 3 do
+    if ledgers then
+      written[#written + 1] = lines[j]
+      written[#written + 1] = lines[j + 1]
+    else
+      move(lines[j], lines[j + 1], lines[j + 2])
+    end
+    remaining[#remaining + 1] = available[lines[j]]
+  end
+  if ledgers then
+    journal[#journal + 1] = {'adjust', op[2] .. '\31ledger', op[3], written, remaining, '', '', 0, op[8]}
+  end
+  remember(op[2], op[3], remaining, op[5])
+  journaled(i, op, lines, remaining, 0)
+end
 
 function decide.void(i, op)
   local answer = seen(op)

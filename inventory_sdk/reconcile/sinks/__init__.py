@@ -1,0 +1,1 @@
+"""Where discrepancies are told: the ledger's register, Elasticsearch, a structured log."""

@@ -1,0 +1,323 @@
+"""Corrections: shown first, made once as a delta, within limits, on record, and undone exactly."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from inventory_sdk import InvalidOperation, Line, OutcomeUnknown
+from inventory_sdk.ledger.register import AnotherState
+from inventory_sdk.model import key_of
+from inventory_sdk.reconcile.correcting import REPEATABLE
+from tests.reconcile_kit import Shop, shop
+from tests.unit.test_reconcile import cut_out
+
+A = key_of("default", "a")
+WHY = {"reason": "counted by hand", "who": "kim"}
+
+
+async def test_a_proposal_says_what_would_be_done_and_does_nothing() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3, -1)
+        found = await it.one()
+        shown = await it.inventory.reconciler.propose(found.number)
+        assert (shown.side, shown.available, shown.reserved, shown.units) == ("redis", -3, 1, 3)
+        assert "-3 available, +1 reserved" in shown.steps[0]
+        assert await it.found() == [("stock", "a", "manual_redis", 3, -1)]
+        assert await it.inventory.reconciler.audit() == []
+
+
+@pytest.mark.parametrize(("available", "reserved"), [(3, 0), (-2, 0), (0, 2), (5, -1)])
+async def test_a_correction_of_redis_is_journaled_and_both_sides_agree_while_sales_go_on(available: int, reserved: int) -> None:
+    async with shop() as it:
+        stock = it.inventory.stock
+        await stock.reserve([Line("a", 2)], operation_id="r", ttl=60)
+        await it.by_hand("a", available, reserved)
+        found = await it.one()
+        await stock.deduct([Line("a", 1)], operation_id="between")
+        made = await it.inventory.reconciler.correct(found.number, **WHY)
+        assert made.state == "corrected"
+        assert await it.sides() == ((7, 2), (7, 2))
+        assert (await it.inventory.reconciler.run()).clean
+        (entry,) = [each for each in await it.ledger.operations_at(await journal(it)) if each.kind == "correct"]
+        assert list(entry.lines) == [A, -available, -reserved]
+        assert await it.ledger.verify() == []
+
+
+async def journal(it: Shop) -> list[Any]:
+    from inventory_sdk.model import Position
+
+    hello = await it.engine.partitions[0].hello()
+    return [Position(0, hello.epoch, sequence) for sequence in range(1, hello.sequence + 1)]
+
+
+async def test_a_correction_may_go_below_zero_and_nothing_is_sold_until_it_is_made_up() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 5)
+        await it.inventory.stock.deduct([Line("a", 10)], operation_id="d")
+        found = await it.one()
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        assert await it.sides() == ((0, 0), (0, 0))
+
+
+async def test_what_the_ledger_missed_is_written_off_there_and_redis_stays_as_it_is() -> None:
+    async with shop() as it:
+        receipt = await it.inventory.stock.deduct([Line("a", 4)], operation_id="d")
+        await it.inventory.stock.deduct([Line("b", 1)], operation_id="e")
+        await it.inventory.settled()
+        await cut_out(it, receipt, 4)
+        found = await it.one(sku="a")
+        assert (await it.inventory.reconciler.propose(found.number)).side == "ledger"
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        assert await it.sides() == ((6, 0), (6, 0))
+        (row,) = await it.ledger.stock([A])
+        assert (row.sold, row.written_off, row.supplied) == (0, 4, 10)
+        assert await it.found(sku="a") == []
+        await it.inventory.reconciler.undo(found.number, **WHY)
+        assert await it.sides() == ((6, 0), (10, 0))
+        assert [row[:3] for row in await it.found(sku="a")] == [("stock", "a", "missing_journal")]
+
+
+async def test_the_services_table_is_brought_in_line_through_writes_stock() -> None:
+    async with shop(own=True, writes=True) as it:
+        it.own["a"] += 3
+        found = await it.one()
+        shown = await it.inventory.reconciler.propose(found.number)
+        assert (shown.side, shown.available) == ("service", -3)
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        assert it.own["a"] == 10
+        assert await it.sides() == ((10, 0), (10, 0))
+        assert (await it.inventory.reconciler.run()).clean
+        await it.inventory.reconciler.undo(found.number, **WHY)
+        assert it.own["a"] == 13
+
+
+async def test_without_writes_stock_the_services_count_is_taken_over() -> None:
+    async with shop(own=True) as it:
+        it.own["a"], it.own["b"] = 8, 13
+        for found in (await it.inventory.reconciler.run()).open:
+            await it.inventory.reconciler.correct(found.number, **WHY)
+        assert (await it.sides("a"), await it.sides("b")) == (((8, 0), (8, 0)), ((13, 0), (13, 0)))
+        assert (await it.inventory.reconciler.run()).clean
+        assert await it.ledger.verify() == []
+
+
+async def test_a_hold_that_lost_its_end_gets_it_back() -> None:
+    async with shop() as it:
+        await it.inventory.stock.reserve([Line("a", 1)], operation_id="r", ttl=60)
+        client, hold = it.engine.wire.client, key_of("default", "r")
+        before = await client.zscore(it.key("expiry"), hold)
+        await client.zrem(it.key("expiry"), hold)
+        found = await it.one()
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        after = await client.zscore(it.key("expiry"), hold)
+        assert abs(after - before) < 5000
+        assert (await it.inventory.reconciler.run()).clean
+        with pytest.raises(InvalidOperation, match="gave a hold an end"):
+            await it.inventory.reconciler.undo(found.number, **WHY)
+
+
+async def test_an_overdue_one_expires_and_its_units_come_back() -> None:
+    async with shop() as it:
+        client, hold = it.engine.wire.client, key_of("default", "r")
+        await it.inventory.stock.reserve([Line("a", 4)], operation_id="r", ttl=0.5)
+        await client.zrem(it.key("expiry"), hold)
+        await it.inventory.settled()
+        found = await it.one()
+        while (await it.engine.partitions[0].hello()).now_ms < found.evidence["expires_at"]:
+            await asyncio.sleep(0.05)  # until it is overdue by Redis' clock
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        async with asyncio.timeout(10):
+            while (await it.inventory.stock.level("a")).available != 10:
+                await it.inventory.settled()
+                await asyncio.sleep(0.02)
+        assert await it.sides() == ((10, 0), (10, 0))
+
+
+# Once -----------------------------------------------------------------------------------------------------------------------------
+
+
+async def test_asked_for_many_times_at_once_it_is_made_once() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        outcomes = await asyncio.gather(*(it.inventory.reconciler.correct(found.number, **WHY) for _ in range(8)), return_exceptions=True)
+        assert not [each for each in outcomes if isinstance(each, Exception) and not isinstance(each, AnotherState | InvalidOperation)]
+        assert await it.sides() == ((10, 0), (10, 0))
+        assert (await it.inventory.reconciler.correct(found.number, **WHY)).state == "corrected"
+        assert [each.kind for each in await it.inventory.reconciler.audit()] == ["correct"]
+
+
+async def test_one_whose_process_died_after_the_delta_is_gone_on_with_and_moves_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        upkeep = it.engine.upkeep
+        correct = upkeep.correct
+
+        async def then_dies(*arguments: Any, **options: Any) -> None:
+            await correct(*arguments, **options)
+            monkeypatch.setattr(upkeep, "correct", correct)
+            raise OutcomeUnknown("reconcile-1", "the reply was lost")
+
+        monkeypatch.setattr(upkeep, "correct", then_dies)
+        with pytest.raises(OutcomeUnknown):
+            await it.inventory.reconciler.correct(found.number, **WHY)
+        (begun,) = await it.inventory.reconciler.discrepancies()
+        assert begun.state == "correcting"
+        assert (await it.inventory.reconciler.propose(found.number)).available == -3
+        assert (await it.inventory.reconciler.correct(found.number, reason="again", who="lee")).state == "corrected"
+        assert await it.sides() == ((10, 0), (10, 0))
+
+
+async def test_a_caller_that_goes_away_at_any_step_leaves_what_a_repeat_completes() -> None:
+    async with shop() as it:
+        for steps in range(0, 60, 3):
+            await it.by_hand("a", 2)
+            found = await it.one(sku="a")
+            task = asyncio.ensure_future(it.inventory.reconciler.correct(found.number, **WHY))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task})
+            await it.inventory.reconciler.correct(found.number, **WHY)
+            assert await it.sides() == ((10, 0), (10, 0))
+
+
+async def test_one_that_was_begun_too_long_ago_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+
+        async def fails(*_: Any, **__: Any) -> None:
+            raise OutcomeUnknown("x", "lost")
+
+        monkeypatch.setattr(it.engine.upkeep, "correct", fails)
+        with pytest.raises(OutcomeUnknown):
+            await it.inventory.reconciler.correct(found.number, **WHY)
+        register = it.ledger.register
+        row = await register.get(found.number)
+        old = {**row.details["correction"], "at_ms": row.details["correction"]["at_ms"] - int(REPEATABLE * 1000) - 1}
+        await register.turn(found.number, ["correcting"], "correcting", {"correction": old})
+        with pytest.raises(InvalidOperation, match="too long ago"):
+            await it.inventory.reconciler.correct(found.number, **WHY)
+
+
+async def test_what_has_gone_by_itself_is_not_corrected() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        await it.by_hand("a", -3)
+        with pytest.raises(InvalidOperation, match="is gone"):
+            await it.inventory.reconciler.correct(found.number, **WHY)
+        assert await it.sides() == ((10, 0), (10, 0))
+
+
+async def test_what_has_grown_meanwhile_is_corrected_as_it_is_now() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        await it.by_hand("a", 2)
+        made = await it.inventory.reconciler.correct(found.number, **WHY)
+        assert made.correction is not None
+        assert made.correction["available"] == -5
+        assert await it.sides() == ((10, 0), (10, 0))
+
+
+# Limits, audit, undo ----------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_large_one_needs_a_second_word() -> None:
+    async with shop(confirm_above=4) as it:
+        await it.by_hand("a", 5)
+        found = await it.one()
+        assert (await it.inventory.reconciler.propose(found.number)).needs_confirmation
+        with pytest.raises(InvalidOperation, match="moves 5 units, more than 4") as refused:
+            await it.inventory.reconciler.correct(found.number, **WHY)
+        assert refused.value.field == "confirmed"
+        assert await it.found() == [("stock", "a", "manual_redis", 5, 0)]
+        await it.inventory.reconciler.correct(found.number, **WHY, confirmed=True)
+        assert (await it.inventory.reconciler.run()).clean
+
+
+async def test_a_merchants_corrections_of_a_day_are_limited_and_what_was_refused_does_not_count() -> None:
+    async with shop(daily_limit=100, limits={"default": 5}) as it:
+        await it.by_hand("a", 4)
+        await it.by_hand("b", 3)
+        first, second = sorted((await it.inventory.reconciler.run()).open, key=lambda each: str(each.sku))
+        await it.inventory.reconciler.correct(first.number, **WHY)
+        for _ in range(2):
+            with pytest.raises(InvalidOperation, match="would move 7 units in 24 hours, 5 are allowed"):
+                await it.inventory.reconciler.correct(second.number, **WHY)
+        assert [row[1] for row in await it.found()] == ["b"]
+
+
+async def test_two_at_once_do_not_pass_a_limit_together() -> None:
+    async with shop(limits={"default": 5}) as it:
+        await it.by_hand("a", 4)
+        await it.by_hand("b", 4)
+        done = await it.inventory.reconciler.run()
+        await asyncio.gather(*(it.inventory.reconciler.correct(each.number, **WHY) for each in done.open), return_exceptions=True)
+        assert len(await it.found()) >= 1
+        assert await it.ledger.register.spent("default", 0) <= 5
+
+
+async def test_the_audit_says_who_did_what_and_why() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        await it.inventory.reconciler.undo(found.number, reason="wrong shelf", who="lee")
+        undone, made = await it.inventory.reconciler.audit()
+        assert (made.kind, made.who, made.sku, made.details["reason"], made.details["units"]) == (
+            "correct",
+            "kim",
+            "a",
+            "counted by hand",
+            3,
+        )
+        assert (undone.kind, undone.who, undone.details["reason"]) == ("undo", "lee", "wrong shelf")
+        assert [each.number for each in await it.inventory.reconciler.audit(limit=1, after=undone.number)] == [made.number]
+
+
+async def test_an_undo_is_the_exact_inverse_once() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3, 2)
+        found = await it.one()
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        for _ in range(2):
+            assert (await it.inventory.reconciler.undo(found.number, **WHY)).state == "undone"
+        again = await it.one()
+        assert (again.available, again.reserved) == (3, 2)
+        assert again.number > found.number
+        with pytest.raises(InvalidOperation, match="only what was corrected"):
+            await it.inventory.reconciler.undo(again.number, **WHY)
+
+
+async def test_what_was_corrected_before_a_rebuild_has_nothing_to_undo() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        await it.inventory.settled()
+        client: Any = it.engine.wire.client
+        await client.delete(*it.engine.partitions[0].keys)
+        async with asyncio.timeout(20):
+            while (await it.engine.partitions[0].hello()).epoch != 2:
+                await asyncio.sleep(0.05)
+        with pytest.raises(InvalidOperation, match="filled from the ledger anew"):
+            await it.inventory.reconciler.undo(found.number, **WHY)
+
+
+@pytest.mark.parametrize("reason", ["'; DROP TABLE inventory_audit; --", "<b>x</b>", "nul\x00 and \ud800", "Ω" * 200])
+async def test_hostile_words_are_kept_as_words(reason: str) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 1)
+        found = await it.one()
+        await it.inventory.reconciler.correct(found.number, reason=reason, who="kim")
+        await it.inventory.settled()
+        ((entry),) = await it.inventory.reconciler.audit()
+        assert entry.details["reason"] == reason
+        assert (await it.inventory.reconciler.run()).clean

@@ -1,0 +1,310 @@
+"""One suite, three sinks: what every place that discrepancies are told to must do. Elasticsearch is a strict double here."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from inventory_sdk import InvalidOperation, Inventory, Line
+from inventory_sdk.beside import Ground
+from inventory_sdk.metrics import Event, Happened, Retried
+from inventory_sdk.model import key_of
+from inventory_sdk.reconcile.model import Discrepancy, Reconcile
+from inventory_sdk.reconcile.sinks.elasticsearch import ElasticsearchSink
+from inventory_sdk.reconcile.sinks.log import LogSink
+from inventory_sdk.reconcile.sinks.protocol import Document, Sink, SinkAway, SinkRefused, document
+from inventory_sdk.reconcile.sinks.sql import SqlSink
+from tests.elasticsearch_double import Elasticsearch, elasticsearch
+from tests.stock_kit import Recorded
+
+HOSTILE = [
+    "'; DROP TABLE inventory_stock; --",
+    "<script>alert(1)</script>",
+    "a\u2028b",
+    "Ω" * 40,
+    '{"sku": "x"}',
+    "x" * 128,
+    "-",
+    "%s%n",
+    " ",
+]
+
+
+def found(number: int, sku: str = "sku-1", **more: Any) -> Discrepancy:
+    values: dict[str, Any] = {
+        "number": number, "what": "stock", "name": key_of("m1", sku), "merchant": "m1", "sku": sku, "reservation": None,
+        "cause": "manual_redis", "available": 3, "reserved": -1, "evidence": {"redis": [13, 0], "last": [{"operation": "m1\x1fo-1"}]},
+        "state": "open", "found_ms": 1_700_000_000_000 + number, "resolved_ms": None, "correction": None,
+    }  # fmt: skip
+    return Discrepancy(**values | more)
+
+
+def told(number: int, event: str = "found", **more: Any) -> Document:
+    each = found(number, **more)
+    return Document(f"ns-{number}-{event}", each.found_ms, event, "ns", each)  # type: ignore[arg-type]
+
+
+@dataclass
+class Bench:
+    """A sink and how to read back what it was told: (sku, cause, available, reserved) of what was found."""
+
+    sink: Sink
+    read: Callable[[], Awaitable[list[tuple[Any, ...]]]]
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.documents: list[dict[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        assert "\n" not in text
+        assert text.isascii()
+        self.documents.append(json.loads(text))
+
+
+@pytest.fixture
+async def ground() -> AsyncIterator[Ground]:
+    inventory = Inventory("memory://", metrics=[], reconcile=Reconcile(every=None, whole_every=None))
+    async with inventory:
+        yield inventory._running().ground
+
+
+@pytest.fixture(params=["sql", "log", "elasticsearch"])
+async def bench(request: pytest.FixtureRequest, ground: Ground) -> AsyncIterator[Bench]:
+    def shown(values: dict[str, Any]) -> tuple[Any, ...]:
+        return values["sku"], values["cause"], values["available"], values["reserved"]
+
+    async with AsyncExitStack() as stack:
+        sink: Sink
+        if request.param == "sql":
+            sink = SqlSink()
+
+            async def read() -> list[tuple[Any, ...]]:
+                register = ground.ledger.register  # type: ignore[attr-defined]
+                rows = await register.find(state="open", limit=5000)
+                return [(row.sku, row.kind, row.details["available"], row.details["reserved"]) for row in rows]
+        elif request.param == "log":
+            lines = Lines()
+            logger = logging.getLogger("inventory_sdk.discrepancies")
+            logger.addHandler(lines)
+            logger.setLevel(logging.INFO)
+            stack.callback(logger.removeHandler, lines)
+            sink = LogSink()
+
+            async def read() -> list[tuple[Any, ...]]:
+                # A log is read by somebody who keeps one line per id.
+                return [shown(each) for each in {each["id"]: each for each in lines.documents}.values()]
+        else:
+            double = await stack.enter_async_context(elasticsearch())
+            sink = ElasticsearchSink(double.url, first_delay=0.001)
+
+            async def read() -> list[tuple[Any, ...]]:
+                return [shown(each) for each in double.documents()]
+
+        await sink.start(ground)
+        stack.push_async_callback(sink.close)
+        yield Bench(sink, read)
+
+
+async def test_what_was_found_is_there_with_its_cause_and_units(bench: Bench) -> None:
+    await bench.sink.write([told(1), told(2, sku="sku-2", cause="went_back", available=-4)])
+    assert sorted(await bench.read()) == [("sku-1", "manual_redis", 3, -1), ("sku-2", "went_back", -4, -1)]
+
+
+async def test_the_same_documents_sent_again_are_there_once(bench: Bench) -> None:
+    documents = [told(number, sku=f"sku-{number}") for number in range(1, 8)]
+    await bench.sink.write(documents[:4])
+    await bench.sink.write(documents)
+    await bench.sink.write(documents)
+    assert len(await bench.read()) == 7
+
+
+async def test_more_than_one_request_takes_arrives_whole(bench: Bench) -> None:
+    await bench.sink.write([told(number, sku=f"sku-{number}") for number in range(1, 1202)])
+    assert len({row[0] for row in await bench.read()}) == 1201
+
+
+async def test_hostile_names_arrive_as_they_are(bench: Bench) -> None:
+    await bench.sink.write([told(number, sku=sku) for number, sku in enumerate(HOSTILE, 1)])
+    assert sorted(row[0] for row in await bench.read()) == sorted(HOSTILE)
+
+
+async def test_nothing_to_tell_is_nothing(bench: Bench) -> None:
+    await bench.sink.write([])
+    assert await bench.read() == []
+
+
+async def test_a_document_survives_json() -> None:
+    for each in (told(1), told(2, "corrected", correction={"way": "redis"}, resolved_ms=5)):
+        assert document(json.loads(json.dumps(each.fields()))) == each
+
+
+# Elasticsearch's own ways -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def double() -> AsyncIterator[Elasticsearch]:
+    async with elasticsearch() as state:
+        yield state
+
+
+@pytest.fixture
+async def elastic(double: Elasticsearch, ground: Ground) -> AsyncIterator[ElasticsearchSink]:
+    sink = ElasticsearchSink(double.url, first_delay=0.001)
+    await sink.start(ground)
+    yield sink
+    await sink.close()
+
+
+async def test_the_template_stands_before_the_first_document_and_is_made_once(elastic: ElasticsearchSink, double: Elasticsearch) -> None:
+    await elastic.write([told(1)])
+    await elastic.write([told(2)])
+    assert double.requests[:2] == ["PUT /_index_template/inventory-discrepancies", "PUT /_bulk"]
+    assert [each for each in double.requests if "template" in each] == double.requests[:1]
+    assert double.templates["inventory-discrepancies"]["data_stream"] == {}
+
+
+async def test_documents_go_in_bulks_of_a_bounded_size(elastic: ElasticsearchSink, double: Elasticsearch) -> None:
+    await elastic.write([told(number, sku=f"s-{number}") for number in range(1, 1202)])
+    assert double.bulks == [500, 500, 201]
+
+
+async def test_what_a_busy_server_left_out_is_sent_once_more_and_only_that(elastic: ElasticsearchSink, double: Elasticsearch) -> None:
+    double.busy = 3
+    await elastic.write([told(number, sku=f"s-{number}") for number in range(1, 11)])
+    assert double.bulks == [10, 3]
+    assert len(double.documents()) == 10
+
+
+@pytest.mark.parametrize("status", [429, 502, 503])
+async def test_a_server_that_is_away_for_a_moment_gets_it_later_and_that_is_counted(double: Elasticsearch, status: int) -> None:
+    metrics = Recorded()
+    inventory = Inventory("memory://", metrics=[metrics])
+    async with inventory:
+        sink = ElasticsearchSink(double.url, first_delay=0.001)
+        await sink.start(inventory._running().ground)
+        double.failing, double.status = 2, status
+        await sink.write([told(1)])
+        await sink.close()
+    assert len(double.documents()) == 1
+    assert [each.reason for each in metrics.events if isinstance(each, Retried) and each.what == "elasticsearch"] == [
+        f"status {status}"
+    ] * 2
+
+
+async def test_a_server_that_stays_away_is_said_to_be_away(elastic: ElasticsearchSink, double: Elasticsearch) -> None:
+    double.failing = 1000
+    with pytest.raises(SinkAway, match="did not take 1 documents: status 503"):
+        await elastic.write([told(1)])
+
+
+async def test_no_server_at_all_is_said_to_be_away(ground: Ground) -> None:
+    sink = ElasticsearchSink("http://127.0.0.1:1", first_delay=0.001)
+    await sink.start(ground)
+    with pytest.raises(SinkAway, match="ConnectionError"):
+        await sink.write([told(1)])
+    await sink.close()
+
+
+async def test_a_document_that_no_mapping_fits_is_named_and_not_sent_for_ever(elastic: ElasticsearchSink, double: Elasticsearch) -> None:
+    double.refuse, double.busy = {"ns-2-found"}, 1
+    with pytest.raises(SinkRefused, match="'ns-2-found' first: status 400") as refused:
+        await elastic.write([told(1), told(2), told(3)])
+    assert refused.value.ids == ("ns-2-found",)
+    assert double.bulks == [3, 1]
+    assert len(double.documents()) == 2
+
+
+async def test_what_was_written_is_found_by_merchant_sku_cause_and_event(elastic: ElasticsearchSink) -> None:
+    written = [told(1), told(2, sku="b", cause="rejected"), told(3, "gone", sku="b", merchant="m2")]
+    await elastic.write(written)
+    assert await elastic.search(merchant="m1") == [written[1], written[0]]
+    assert await elastic.search(sku="b", event="gone") == [written[2]]
+    assert await elastic.search(cause="rejected", limit=1) == [written[1]]
+
+
+@pytest.mark.parametrize("stream", ["", "Upper", "a b", "-a", "a*", "a:b"])
+def test_a_name_that_no_data_stream_may_have_is_refused(stream: str) -> None:
+    with pytest.raises(InvalidOperation, match="stream"):
+        ElasticsearchSink("http://127.0.0.1:9200", stream=stream)
+
+
+def test_without_its_extra_the_sink_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "elasticsearch", None)
+    with pytest.raises(ImportError, match=r"inventory_sdk\[elasticsearch\]"):
+        ElasticsearchSink("http://127.0.0.1:9200")
+
+
+# Letters ------------------------------------------------------------------------------------------------------------------------
+
+
+async def drifted(inventory: Inventory, sku: str, units: int) -> None:
+    running = inventory._running()
+    client: Any = running.client
+    await client.hincrby(running.engine.partitions[0].key("available"), key_of("default", sku), units)
+
+
+async def test_what_a_sink_could_not_take_waits_in_the_ledger_and_goes_first_the_next_time(double: Elasticsearch) -> None:
+    metrics = Recorded()
+    sink = ElasticsearchSink(double.url, first_delay=0.001)
+    inventory = Inventory("memory://", metrics=[metrics], reconcile=Reconcile(sinks=[sink]))
+    async with inventory:
+        await inventory.stock.restock([Line("a", 5), Line("b", 5)], operation_id="po")
+        double.failing = 10**6
+        await drifted(inventory, "a", 1)
+        done = await inventory.reconciler.run()
+        assert [each.sku for each in done.open] == ["a"]  # the register has it
+        double.failing = 0
+        await drifted(inventory, "b", 1)
+        await inventory.reconciler.run()
+        assert [each["sku"] for each in double.documents()] == ["a", "b"]
+        await inventory.reconciler.run()
+        assert len(double.documents()) == 2
+        register = inventory.ledger.register  # type: ignore[attr-defined]
+        assert await register.letters("elasticsearch", 10) == []
+    away: list[Event] = [each for each in metrics.events if isinstance(each, Happened) and each.name == "sink_away"]
+    assert away
+
+
+async def test_what_a_sink_refuses_for_good_is_kept_aside_and_holds_up_nothing(double: Elasticsearch) -> None:
+    inventory = Inventory("memory://", metrics=[], reconcile=Reconcile(sinks=[ElasticsearchSink(double.url, first_delay=0.001)]))
+    async with inventory:
+        await inventory.stock.restock([Line("a", 5), Line("b", 5)], operation_id="po")
+        double.refuse = {"inventory-1-found"}
+        await drifted(inventory, "a", 1)
+        await inventory.reconciler.run()
+        await drifted(inventory, "b", 1)
+        await inventory.reconciler.run()
+        register = inventory.ledger.register  # type: ignore[attr-defined]
+        assert [letter["sku"] for _, letter in await register.letters("elasticsearch.refused", 10)] == ["a"]
+        assert await register.letters("elasticsearch", 10) == []
+    assert [each["sku"] for each in double.documents()] == ["b"]
+
+
+async def test_a_sink_of_ones_own_that_breaks_breaks_no_comparison() -> None:
+    class Broken:
+        name = "mine"
+
+        async def start(self, ground: Ground) -> None: ...
+
+        async def write(self, documents: Any) -> None:
+            raise ZeroDivisionError
+
+        async def close(self) -> None: ...
+
+    inventory = Inventory("memory://", metrics=[], reconcile=Reconcile(sinks=[Broken()]))
+    async with inventory:
+        await inventory.stock.restock([Line("a", 5)], operation_id="po")
+        await drifted(inventory, "a", 1)
+        assert len((await inventory.reconciler.run()).open) == 1
+        register = inventory.ledger.register  # type: ignore[attr-defined]
+        ((_, letter),) = await register.letters("mine", 10)
+        assert replace(document(letter).discrepancy, evidence={}).sku == "a"
