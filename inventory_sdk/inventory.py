@@ -80,8 +80,6 @@ class Inventory(StockDecorators):
         check_text("namespace", namespace)
         if set(namespace) & set("{}:"):
             raise InvalidOperation("namespace", namespace, "must not contain braces or colons: they belong to the Redis keys")
-        if admission == "auto":
-            raise InvalidOperation("admission", admission, "is not in this release yet: choose 'redis' or 'database', and adopt merchants")
         if admission not in ADMISSIONS:
             raise InvalidOperation("admission", admission, f"must be one of {', '.join(ADMISSIONS)}")
         if durability is not None and durability not in LEVELS:
@@ -105,8 +103,9 @@ class Inventory(StockDecorators):
         self._prefix = table_prefix
         self._merchant = merchant
         self._durability: str | None = durability
-        self._ledger_part = self._servers.make_ledger(table_prefix, admission)
-        self._beside: list[Beside] = []
+        self._ledger_part = self._servers.make_ledger(table_prefix, self._new_stock())
+        self.hotspots = Hotspots(detection or Detection(), self.lanes, self._default_merchant, auto=admission == "auto")
+        self._beside: list[Beside] = [self.hotspots]
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()

@@ -88,7 +88,29 @@ class LaneUsed:
     """Calls refused at the door, by reason: ``queue_full``, ``predicted_wait``, ``waited``, ``deadline``."""
 
 
-Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed
+@dataclass(frozen=True, slots=True)
+class HotspotsUsed:
+    """What hotspots did since their last report (once a second while anything is hot).
+
+    ``hot``, ``waiting``, ``alone`` (keys whose rate this process keeps alone, because Redis does not answer) and ``top`` are as things
+    are now, the others counts since then.
+    """
+
+    hot: int
+    waiting: int
+    alone: int
+    admitted: int
+    waits: Sequence[float]
+    """Seconds that calls waited in a hot key's line, those given up included."""
+    refused: Mapping[str, int]
+    """Calls refused, by reason: ``predicted_wait``, ``waited``, ``rejected``, ``lane_share``, ``deadline``."""
+    leases: Mapping[str, int]
+    """Requests for a part of the shared rate, by what came of them: ``granted``, ``refused``, ``away``."""
+    top: Sequence[tuple[str, str, float]]
+    """The hottest keys, at most ten: merchant, sku (or the key where it has no SKU), calls per second over all processes."""
+
+
+Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed | HotspotsUsed
 
 
 class Metrics(Protocol):

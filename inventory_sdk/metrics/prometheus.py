@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, LaneUsed, Published, Retried
+from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, HotspotsUsed, LaneUsed, Published, Retried
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LAG_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
@@ -46,6 +46,14 @@ class _Collectors(NamedTuple):
     lane_overdue: Counter
     lane_refused: Counter
     lane_wait_seconds: Histogram
+    hotspot_hot: Gauge
+    hotspot_waiting: Gauge
+    hotspot_alone: Gauge
+    hotspot_rate: Gauge
+    hotspot_admitted: Counter
+    hotspot_refused: Counter
+    hotspot_leases: Counter
+    hotspot_wait_seconds: Histogram
 
 
 _made: WeakKeyDictionary[CollectorRegistry, _Collectors] = WeakKeyDictionary()
@@ -97,6 +105,14 @@ def _make(registry: CollectorRegistry) -> _Collectors:
         lane_overdue=counter("lane_deadline_exceeded", "Calls that were ended by their deadline.", ["lane"]),
         lane_refused=counter("lane_refused", "Calls that a lane refused at its door.", ["lane", "reason"]),
         lane_wait_seconds=histogram("lane_wait_seconds", "Time that calls waited in line for a lane.", ["lane"], SECONDS),
+        hotspot_hot=gauge("hotspot_keys", "Keys that are hot.", []),
+        hotspot_waiting=gauge("hotspot_waiting", "Calls that wait for the pace of a hot key.", []),
+        hotspot_alone=gauge("hotspot_alone", "Hot keys whose rate this process keeps alone, because Redis does not answer.", []),
+        hotspot_rate=gauge("hotspot_rate", "Calls per second of the hottest keys, at most ten, over all processes.", ["merchant", "sku"]),
+        hotspot_admitted=counter("hotspot_admitted", "Calls of hot keys that were let in.", []),
+        hotspot_refused=counter("hotspot_refused", "Calls of hot keys that were refused.", ["reason"]),
+        hotspot_leases=counter("hotspot_leases", "Requests for a part of the shared rate.", ["outcome"]),
+        hotspot_wait_seconds=histogram("hotspot_wait_seconds", "Time that calls waited for the pace of a hot key.", [], SECONDS),
     )
 
 
@@ -116,6 +132,7 @@ class PrometheusMetrics:
         self._retries: dict[tuple[str, str], Counter] = {}
         self._events: dict[tuple[str, str, str], Counter] = {}
         self._lanes: dict[str, _LaneChildren] = {}
+        self._shown: set[tuple[str, str]] = set()
 
     def record(self, event: Event) -> None:
         """Count it."""
@@ -133,6 +150,8 @@ class PrometheusMetrics:
             retries.inc()
         elif isinstance(event, LaneUsed):
             self._lane(event)
+        elif isinstance(event, HotspotsUsed):
+            self._hotspots(event)
         else:
             self._happened(event)
 
@@ -223,6 +242,25 @@ class PrometheusMetrics:
             children.wait_seconds.observe(seconds)
         for reason, count in event.refused.items():
             self._all.lane_refused.labels(event.lane, reason).inc(count)
+
+    def _hotspots(self, event: HotspotsUsed) -> None:
+        made = self._all
+        made.hotspot_hot.set(event.hot)
+        made.hotspot_waiting.set(event.waiting)
+        made.hotspot_alone.set(event.alone)
+        made.hotspot_admitted.inc(event.admitted)
+        for seconds in event.waits:
+            made.hotspot_wait_seconds.observe(seconds)
+        for reason, count in event.refused.items():
+            made.hotspot_refused.labels(reason).inc(count)
+        for outcome, count in event.leases.items():
+            made.hotspot_leases.labels(outcome).inc(count)
+        shown = {(merchant, sku): rate for merchant, sku, rate in event.top}
+        for labels in self._shown - set(shown):
+            made.hotspot_rate.remove(*labels)  # the series of a key ends with its heat: labels stay few
+        for labels, rate in shown.items():
+            made.hotspot_rate.labels(*labels).set(rate)
+        self._shown = set(shown)
 
     def _happened(self, event: Happened) -> None:
         labels = event.labels

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final
 
 from inventory_sdk import context
@@ -34,7 +34,7 @@ from inventory_sdk.stock.loading import Loader
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import RS, write_result
 
-ADMISSIONS: Final = ("redis", "database")
+ADMISSIONS: Final = ("redis", "database", "auto")
 REMEMBERED_FOR: Final = 2.0
 MOST_REMEMBERED: Final = 10_000
 SOON: Final = 0.1
@@ -63,7 +63,13 @@ class Direct:
 
     def __init__(self, ledger: Ledger, default: str, metrics: Metrics, writes: Sequence[WritesStock], loader: Loader) -> None:
         self._ledger = ledger
-        self._default = default == "database"
+        self._default = default != "redis"
+        self.auto = default == "auto"
+        """Whether SKUs of one merchant are sold on both sides, and what one knows of one says nothing of another."""
+        self.bring: Callable[[Sequence[str]], Awaitable[None]] | None = None
+        """Gives these fields to Redis, so that one call can have them together with others that are there; None: nobody does."""
+        self.known: Callable[[str], bool] = _unheard
+        """Whether a field is known to be in Redis, where nobody has said anything of it lately."""
         self._metrics = metrics
         self._writes = writes
         self._loader = loader
@@ -85,20 +91,23 @@ class Direct:
     def expects_any(self, fields: Iterable[str], merchant: str) -> bool:
         """The same for fields, or for a merchant where there are none."""
         now = time.monotonic()
-        for name in (*fields, merchant):
+        for name in fields if self.auto else (*fields, merchant):
             direct, until = self._seen.get(name, (False, 0.0))
             if until > now:
                 return direct
-        return self._default
+            if self.known(name):
+                return False
+        # Where it is one by one, an act that names no stock asks Redis, which knows its holds, and then the ledger.
+        return self._default and bool(not self.auto or fields)
 
-    def note(self, fields: Iterable[str], merchant: str, direct: bool) -> None:
-        """Somebody who must know has said so."""
+    def note(self, fields: Iterable[str], merchant: str | None, direct: bool) -> None:
+        """Somebody who must know has said so; of the merchant as a whole where it is named."""
         now = time.monotonic()
         if len(self._seen) > MOST_REMEMBERED:
             self._seen = {name: seen for name, seen in self._seen.items() if seen[1] > now}
             if len(self._seen) > MOST_REMEMBERED:
                 self._seen.clear()
-        for name in (*fields, merchant):
+        for name in (*fields, *(() if merchant is None or self.auto else (merchant,))):
             self._seen[name] = (direct, now + REMEMBERED_FOR)
         self.busy = self.busy or direct
 
@@ -109,6 +118,9 @@ class Direct:
         there = {places[name] for name in fields if name in places} if fields else {places[""]}
         if "arriving" in there:
             raise _changing(fields)
+        if there == {"database", "redis"} and self.bring is not None:
+            await self.bring([name for name in fields if places.get(name) == "database"])
+            there = {"redis"}
         if there == {"database", "redis"}:
             raise _mixed([name for name in fields if places.get(name) == "redis"])
         self.note(fields, merchant, there == {"database"})
@@ -157,6 +169,9 @@ class Direct:
             return None
         if found.code == "arriving":
             raise _changing(found.details)
+        if found.code == "mixed" and self.bring is not None:
+            await self.bring([name for name in fields if name not in found.details])
+            return None
         if found.code == "mixed":
             raise _mixed(found.details)
         if found.code == "unknown":
@@ -177,6 +192,10 @@ class Direct:
         accepted = {kind: 1} if code == "done" else {}
         refused = {} if code in ("done", "replay") else {"insufficient" if code == "short" else code: 1}
         self._metrics.record(BatchSent(partition.number, context.lane.get(), 1, accepted, refused, int(code == "replay"), seconds))
+
+
+def _unheard(field: str) -> bool:
+    return False
 
 
 def _hand_over(task: asyncio.Task[Answer | None], orphaned: Callable[[Answer], None]) -> None:

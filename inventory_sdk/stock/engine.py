@@ -84,6 +84,8 @@ class Engine:
         self.kept = {"redis"}
         """Durability levels that are known to be kept here."""
         self.asking = asyncio.Lock()
+        self.count: Callable[[Sequence[str]], None] | None = None
+        """Hears of the fields of every take, where somebody wants to know what is hot."""
         self.waits = Waits(settings.replicas, settings.wait_timeout, self.in_background)
         self.givers = Givers(publish, self.in_background, metrics) if publish is not None else None
         self._background: set[asyncio.Task[Any]] = set()
@@ -123,15 +125,20 @@ class Engine:
             return answer
         return await self.send_again(partition, operation, answer, None)
 
-    async def _once(self, partition: Partition, operation: list[Any], orphaned: Callable[[Answer], None] | None) -> Answer:
-        """Where it is believed to be sold; the ledger knows when that is wrong, and then it is sold in Redis."""
-        if (self.direct.busy or operation[8]) and self.direct.expects(operation):
+    async def _once(
+        self, partition: Partition, operation: list[Any], orphaned: Callable[[Answer], None] | None, there: bool = False
+    ) -> Answer:
+        """Where it is believed to be sold (``there``: it is known that the ledger runs it); the ledger knows when that is wrong, and
+        then it is sold in Redis."""
+        if there or ((self.direct.busy or operation[8]) and self.direct.expects(operation)):
             if len(operation) > 10 or "p" in operation[9]:
-                why = "are of several partitions, and the database sells some of them: adopt their merchants, or take them one by one"
-                raise InvalidOperation("lines", [split_key(name)[1] for name in fields_of(operation)], why)
-            found = await self.direct.act(partition, operation, orphaned)
-            if found is not None:
-                return found
+                if self.direct.bring is None:
+                    raise _over_several(operation)
+                await self.direct.bring(fields_of(operation))
+            else:
+                found = await self.direct.act(partition, operation, orphaned)
+                if found is not None:
+                    return found
         batcher = self.batcher(partition, context.lane.get())
         return await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
 
@@ -140,6 +147,7 @@ class Engine:
     ) -> Answer:
         """What ``send`` does after an answer that something is not loaded, pinned, or not here."""
         loads = 0
+        there = False
         waits = iter(PIN_WAITS)
         while True:
             code = answer[0][0]
@@ -148,7 +156,9 @@ class Engine:
                 if loads > 5:
                     raise Overloaded("the stock of this operation does not stay loaded; the partition is being recovered", 0.5)
                 direct = await self.loader.load(partition, answer[0][1:])
-                if direct:
+                if direct and len(set(direct)) < len(set(fields_of(operation))):
+                    await self.direct.sells(fields_of(operation), split_key(operation[1])[0])
+                elif direct:
                     self.direct.note(direct, split_key(operation[1])[0], True)
             elif code == AWAY:
                 loads += 1
@@ -159,6 +169,7 @@ class Engine:
                 loads += 1
                 if not await self._elsewhere(partition, operation):
                     return answer
+                there = self.direct.auto and operation[0] not in ("undo", "keep")
             elif code == PIN:
                 pause = next(waits, None)
                 if pause is None:
@@ -167,7 +178,7 @@ class Engine:
                 await asyncio.sleep(pause)
             else:
                 return answer
-            answer = await self._once(partition, operation, orphaned)
+            answer = await self._once(partition, operation, orphaned, there)
 
     async def _elsewhere(self, partition: Partition, operation: list[Any]) -> bool:
         """Redis does not know the hold, or the take: whether it is worth to ask again, because the ledger runs it, or because it
@@ -179,6 +190,8 @@ class Engine:
         row = await self.ledger.reservation(operation[5])
         held = row is not None and row.state == "held"
         open_ = [row.lines[at] for at in range(0, len(row.lines), 5) if row.lines[at + 2]] if row is not None and held else []
+        if self.direct.auto and not held:
+            return False
         if await self.direct.sells(open_, merchant):
             return True
         if not held:
@@ -231,3 +244,8 @@ class Engine:
             await batcher.close()
         while self._background:
             await asyncio.wait(set(self._background))
+
+
+def _over_several(operation: Sequence[Any]) -> InvalidOperation:
+    why = "are of several partitions, and the database sells some of them: adopt their merchants, or take them one by one"
+    return InvalidOperation("lines", [split_key(name)[1] for name in fields_of(operation)], why)
