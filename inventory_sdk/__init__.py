@@ -22,7 +22,7 @@ from inventory_sdk.errors import (
     UnknownStock,
 )
 from inventory_sdk.inventory import Inventory
-from inventory_sdk.model import Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
+from inventory_sdk.model import Detection, Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
 from inventory_sdk.weave import injected
 from inventory_sdk.web.middleware import InventoryMiddleware
 
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DeadlineExceeded",
+    "Detection",
     "DurabilityNotReached",
     "HotspotLimited",
     "InsufficientStock",

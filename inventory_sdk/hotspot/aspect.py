@@ -6,7 +6,6 @@ its own. So ``run`` is a plain function that hands on the awaitable of what stan
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -18,8 +17,6 @@ from inventory_sdk.selectors import Pick, Selector, as_text, compile_selector
 from inventory_sdk.weave import Call, Order, Proceed, Site
 
 if TYPE_CHECKING:
-    import asyncio
-
     from inventory_sdk.hotspot.hotspots import Here
 
 ROOM_WITHOUT_LANE: Final = 10_000
@@ -53,12 +50,12 @@ class HotspotAspect:
     def compile(self, site: Site, proceed: Proceed) -> Proceed:
         hall, rule, on_reject = self._hall, self._rule, self._on_reject
         keys_of, checked = self._reader(site)
-        last: tuple[weakref.ref[asyncio.AbstractEventLoop] | None, Here | None] = (None, None)
 
         async def paced(call: Call, here: Here, keys: Sequence[str]) -> Any:
             lane = context.lane.get()
             known = hall.lane(lane)
             room = ROOM_WITHOUT_LANE if known is None else max(1, known.max_concurrency // 2)
+            assert here.paces is not None  # nothing is hot before the start
             try:
                 await here.paces.enter(rule, keys, lane, room)
             except HotspotLimited as limited:
@@ -97,7 +94,6 @@ class HotspotAspect:
                     return paced(call, here, warm)
             return proceed(call)
 
-        del last
         return run
 
     def _reader(self, site: Site) -> tuple[Callable[[Call], Sequence[str]], bool]:

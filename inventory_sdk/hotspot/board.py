@@ -57,13 +57,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What one look saw. ``rates``: (stream, key) → calls per second over all processes."""
+    """What one look saw. ``rates``: (stream, key) → calls per second over all processes; ``promoted``: field → since when (ms)."""
 
     now: int
     rates: Mapping[tuple[str, str], float]
     hot: Mapping[str, Entry]
     processes: int
-    promoted: frozenset[str]
+    promoted: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Board:
             self._rates(seen, moment, now),
             {field.decode(): entry for field, value in hot.items() if (entry := _entry(value)) is not None},
             int(processes),
-            frozenset(field.decode() for field in promoted),
+            {field.decode(): int(since) for field, since in promoted.items()},
         )
 
     async def change(self, changes: Changes, look: Look) -> tuple[list[str], list[str]]:

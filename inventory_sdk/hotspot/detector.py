@@ -62,7 +62,8 @@ class Detector:
         self.rates: Mapping[tuple[str, str], float] = {}
         self.processes = 1
         self.away = False
-        self.promoted: frozenset[str] = frozenset()
+        self.promoted: Mapping[str, int] = {}
+        """Stock that was moved to Redis by itself, since when (ms)."""
         self.looked = asyncio.Event()
         """Set, and made anew, after each look."""
         self.heated: list[Callable[[Watch, str], None]] = []
@@ -148,7 +149,8 @@ class Detector:
         try:
             found = await board.look(counted, min(thresholds, default=1.0))
             changes = self.judge(found)
-            heated, cooled = [], []
+            heated: list[str] = []
+            cooled: list[str] = []
             if changes.heat or changes.cool or changes.touch:
                 heated, cooled = await board.change(changes, found)
         except AWAY as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from inventory_sdk.beside import Ground, Job
-from inventory_sdk.errors import InvalidOperation, NotStarted
+from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.hotspot.detector import CALLS, STOCK, Detector, Watch
 from inventory_sdk.hotspot.lease import LimitsSource
 from inventory_sdk.hotspot.paces import Paces
@@ -29,33 +29,22 @@ class HotKey:
     sku: str | None
     rate: float
     hot_since: float | None
-    waiting: bool
+    waiting: int
     promoted: bool
 
 
 class Here:
-    """One event loop's half. ``paces`` only work once it is started; nothing is hot before."""
+    """One event loop's half. ``paces`` are there once it is started; nothing is hot before."""
 
-    __slots__ = ("_paces", "_watches", "detector", "promotion")
+    __slots__ = ("_watches", "detector", "paces", "promotion")
 
     def __init__(self, detection: Detection, thresholds: set[float]) -> None:
         self.detector = Detector(detection)
         self.promotion: Promotion | None = None
-        self._paces: Paces | None = None
+        self.paces: Paces | None = None
         self._watches: dict[float, Watch] = {}
         for threshold in thresholds:
             self.watch(threshold)
-
-    @property
-    def paces(self) -> Paces:
-        """The lines of hot keys."""
-        if self._paces is None:
-            raise NotStarted("the inventory's hotspots")
-        return self._paces
-
-    @paces.setter
-    def paces(self, paces: Paces | None) -> None:
-        self._paces = paces
 
     def watch(self, threshold: float) -> Watch:
         """Calls that are hot at this threshold."""
@@ -103,7 +92,7 @@ class Hotspots:
     def away(self) -> bool:
         """Whether Redis does not answer: then keys are judged by this process' own calls, and paced by its part of the last rate."""
         here = self.here()
-        return here.detector.away or (here._paces is not None and here._paces.alone > 0)
+        return here.detector.away or (here.paces is not None and here.paces.alone > 0)
 
     # For the aspect -----------------------------------------------------------------------------------------------------------------
 
@@ -158,8 +147,8 @@ class Hotspots:
         self._last = (None, None)
         if here is not None:
             await here.detector.close()
-            if here._paces is not None:
-                await here._paces.close()
+            if here.paces is not None:
+                await here.paces.close()
 
     def jobs(self, ground: Ground) -> Sequence[Job]:
         """Moving hot SKUs to Redis and back, where admission is automatic."""
@@ -167,7 +156,7 @@ class Hotspots:
         return [Job("promotion", here.promotion.run)] if here.promotion is not None else []
 
     def _begin(self, here: Here, ground: Ground) -> None:
-        if here._paces is not None or asyncio.get_running_loop() not in self._grounds:
+        if here.paces is not None or asyncio.get_running_loop() not in self._grounds:
             return
         detector = here.detector
         paces = here.paces = Paces(
@@ -177,11 +166,16 @@ class Hotspots:
             lambda: len({key for watch in detector.watches.values() for key in watch.hot}),
             lambda most: [(key.merchant or "", key.sku or key.key, key.rate) for key in self.top(most) if key.hot_since is not None],
         )
-        detector.cooled.append(lambda _, key: paces.cool(key))
+
+        def cooled(_: Watch, key: str) -> None:
+            if not any(key in watch.hot for watch in detector.watches.values()):
+                paces.cool(key)
+
+        detector.cooled.append(cooled)
         detector.start(ground)
 
     def _hot_key(self, here: Here, key: str, rate: float, since: float | None) -> HotKey:
         merchant, _, sku = key.partition(SEPARATOR)
-        waiting = here._paces is not None and here._paces.busy(key)
+        waiting = here.paces.waiting_for(key) if here.paces is not None else 0
         promoted = key in here.detector.promoted
         return HotKey(key, merchant if sku else None, sku or None, rate, since, waiting, promoted)

@@ -20,6 +20,8 @@ from inventory_sdk.hotspot.pacing import Timers
 from inventory_sdk.hotspot.rates import Rate
 
 AHEAD: Final = 0.05
+LEAST: Final = 0.02
+"""Seconds of the limit below which a refused lease is not halved further: more requests would not bring more permits."""
 KEPT: Final = 0.25
 LARGEST: Final = 256
 TIMEOUT: Final = 0.25
@@ -170,7 +172,7 @@ class SharedLease:
         self._failures = 0
         self.alone = False
         if not granted:
-            self._size = max(1, cost // 2)
+            self._size = max(1, cost // 2, min(cost, int(self.limit.per_second * LEAST)))
             self._refused_at = now
             self._not_before = now + max(self._full * self._size, 0.004)
             self._told("refused", None)

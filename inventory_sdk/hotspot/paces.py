@@ -56,9 +56,9 @@ class Paces:
         """Calls in all lines."""
         return sum(pacer.waiting for pacer, _ in self._pacers.values())
 
-    def busy(self, key: str) -> bool:
-        """Whether anyone waits for this key."""
-        return any(pacer.waiting for (_, each), (pacer, _) in self._pacers.items() if each == key)
+    def waiting_for(self, key: str) -> int:
+        """Calls in this key's lines."""
+        return sum(pacer.waiting for (_, each), (pacer, _) in self._pacers.items() if each == key)
 
     async def enter(self, rule: Rule, keys: Sequence[str], lane: str, room: int) -> None:
         """Returns when the call may go: a permit of each key, taken in a fixed order and within one ``max_wait``.

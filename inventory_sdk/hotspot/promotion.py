@@ -43,7 +43,7 @@ class Promotion:
         self._name = uuid4().hex
         self._bringing: dict[str, asyncio.Task[None]] = {}
         self._wanted = asyncio.Event()
-        self._tried: dict[str, float] = {}
+        self._not_before: dict[str, float] = {}
         detector.heated.append(lambda watch, _: self._wanted.set() if watch.stream == STOCK else None)
 
     def known(self, field: str) -> bool:
@@ -73,8 +73,10 @@ class Promotion:
     async def move(self) -> None:
         """What there is to move now, if no other worker is at it. What fails is counted, and tried at the next look."""
         hot = self._hot()
-        there = set(self._detector.promoted)
-        coming, cool = hot - there, there - hot
+        there = self._detector.promoted
+        stayed = time.time_ns() // 1_000_000 - int(self._detector.detection.stay * 1000)
+        coming = hot.difference(there)
+        cool = {field for field, since in there.items() if field not in hot and since <= stayed}
         if not coming and not cool:
             return
         try:
@@ -82,13 +84,13 @@ class Promotion:
                 return
             if coming:
                 await self.promote(sorted(coming))
-            for field in sorted(cool, key=lambda each: self._tried.get(each, 0.0))[:MOST_AT_ONCE]:
-                if stay := self._tried.get(field, 0.0) + self._detector.detection.stay / 4 - time.monotonic() > 0:
-                    del stay
-                    continue
-                self._tried[field] = time.monotonic()
+            now = time.monotonic()
+            self._not_before = {field: at for field, at in self._not_before.items() if field in cool}
+            due = [field for field in sorted(cool) if self._not_before.get(field, now) <= now]
+            for field in due[:MOST_AT_ONCE]:
+                self._not_before[field] = now + self._detector.detection.stay / 4
                 if await self._may_move() and await self.demote([field]):
-                    self._tried.pop(field, None)
+                    self._not_before.pop(field, None)
         except (InventoryError, RedisError, OSError) as error:
             self._ground.metrics.record(Retried("promotion", type(error).__name__))
 
@@ -124,7 +126,7 @@ class Promotion:
                 continue
             board = self._detector.board
             await board.client.hdel(board.key("promoted"), *joined)
-            self._detector.promoted = self._detector.promoted.difference(joined)
+            self._detector.promoted = {field: at for field, at in self._detector.promoted.items() if field not in set(joined)}
             self._ground.metrics.record(Happened("demoted"))
         return went
 
@@ -157,10 +159,10 @@ class Promotion:
         if not coming:
             engine.direct.note([field for field in fields if field in places], None, False)
             return 0
-        now = str(time.time_ns() // 1_000_000)
-        await board.client.hset(board.key("promoted"), mapping=dict.fromkeys(coming, now))
+        since = dict.fromkeys(coming, time.time_ns() // 1_000_000)
+        await board.client.hset(board.key("promoted"), mapping=since)
         went = await handover.adopt(engine, engine.partitions[number], split_key(coming[0])[0], coming)
-        self._detector.promoted = self._detector.promoted.union(coming)
+        self._detector.promoted = {**self._detector.promoted, **since}
         self._ground.metrics.record(Happened("promoted"))
         return went
 

@@ -252,7 +252,7 @@ class Acts:
         orphaned = partial(self._give_back, engine, partition, kind, key, flat) if made_up else None
         found = None
         if engine.direct.busy and engine.direct.expects(operation):
-            found = await engine.direct.act(partition, operation, orphaned)
+            found = await engine.act(partition, operation, orphaned)
         if found is None:
             batcher = engine.batcher(partition, context.lane.get())
             found = await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))

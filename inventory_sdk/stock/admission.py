@@ -30,13 +30,15 @@ from inventory_sdk.stock.batch import (
     Answer,
     Answered,
 )
-from inventory_sdk.stock.loading import Loader
+from inventory_sdk.stock.loading import ChangingHands, Loader
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import RS, write_result
 
 ADMISSIONS: Final = ("redis", "database", "auto")
 REMEMBERED_FOR: Final = 2.0
 MOST_REMEMBERED: Final = 10_000
+AT_ONCE: Final = 6
+"""Direct acts under way in one event loop; a pool of SQLAlchemy has 15 connections unless it was told otherwise."""
 SOON: Final = 0.1
 """Seconds after which stock that changes hands may be asked for again."""
 
@@ -75,6 +77,7 @@ class Direct:
         self._loader = loader
         self._seen: dict[str, tuple[bool, float]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self.busy = self._default
         """Whether ``expects`` could say yes: what a call asks first, because it is almost never so."""
 
@@ -86,7 +89,12 @@ class Direct:
             return False  # it is what the ledger owes to Redis
         if operation[8].startswith("0-") and operation[0] in ("undo", "keep"):
             return True  # it was taken there
-        return self.expects_any(fields_of(operation), split_key(operation[1])[0])
+        fields = fields_of(operation)
+        if self.auto and not fields:
+            # What closes a hold names no stock. Where it was not taken here lately, Redis is asked, which knows its holds.
+            direct, until = self._seen.get(operation[5], (False, 0.0))
+            return direct and until > time.monotonic()
+        return self.expects_any(fields, split_key(operation[1])[0])
 
     def expects_any(self, fields: Iterable[str], merchant: str) -> bool:
         """The same for fields, or for a merchant where there are none."""
@@ -97,7 +105,6 @@ class Direct:
                 return direct
             if self.known(name):
                 return False
-        # Where it is one by one, an act that names no stock asks Redis, which knows its holds, and then the ledger.
         return self._default and bool(not self.auto or fields)
 
     def note(self, fields: Iterable[str], merchant: str | None, direct: bool) -> None:
@@ -132,7 +139,7 @@ class Direct:
         """The answer as the batch script would give it; None when Redis sells this stock.
 
         It is done even if its caller goes away meanwhile; ``orphaned`` gets the answer then."""
-        task = asyncio.get_running_loop().create_task(self._act(partition, operation), name="inventory direct act")
+        task = asyncio.get_running_loop().create_task(self._in_turn(partition, operation), name="inventory direct act")
         self._tasks.add(task)
         task.add_done_callback(self._done)
         try:
@@ -151,6 +158,11 @@ class Direct:
         """Waits for acts under way."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
+
+    async def _in_turn(self, partition: Partition, operation: list[Any]) -> Answer | None:
+        # All wait for one row. With all of the pool's connections waiting there, nobody could move the stock away from it.
+        async with self._turns:
+            return await self._act(partition, operation)
 
     async def _act(self, partition: Partition, operation: list[Any]) -> Answer | None:
         started = time.perf_counter()
@@ -177,7 +189,7 @@ class Direct:
         if found.code == "unknown":
             self._loader.unknown(found.details)
             raise UnknownStock(*split_key(found.details[0]))
-        self.note(fields, merchant, True)
+        self.note([*fields, key] if self.auto and kind == "reserve" else fields, merchant, True)
         self._tell(partition, kind, found.code, time.perf_counter() - started)
         position = found.position or Position(partition.number, 0, 0)
         return _answer(found), Answered(position, None)
@@ -217,9 +229,9 @@ def _answer(found: DirectAnswer) -> list[Any]:
     return [_CODES[found.code], *found.details]
 
 
-def _changing(fields: Sequence[str]) -> StockFrozen:
+def _changing(fields: Sequence[str]) -> ChangingHands:
     merchant, sku = split_key(fields[0]) if fields else ("", "")
-    return StockFrozen(f"sku {sku!r} of merchant {merchant!r} is changing hands between Redis and the database", retry_after=SOON)
+    return ChangingHands(f"sku {sku!r} of merchant {merchant!r} is changing hands between Redis and the database", retry_after=SOON)
 
 
 def _mixed(fields: Sequence[str]) -> InvalidOperation:
