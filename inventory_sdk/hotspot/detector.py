@@ -226,9 +226,9 @@ class Detector:
             for key in watch.hot.keys() - keys:
                 self._cool(watch, key)
 
-    def _heat(self, watch: Watch, key: str, since: float) -> None:
+    def _heat(self, watch: Watch, key: str, since: float, rate: float | None = None) -> None:
         watch.hot[key] = since
-        self._tell("hot", watch, key)
+        self._tell("hot", watch, key, rate)
         for hear in self.heated:
             hear(watch, key)
 
@@ -238,7 +238,7 @@ class Detector:
         for hear in self.cooled:
             hear(watch, key)
 
-    def _tell(self, name: str, watch: Watch, key: str) -> None:
+    def _tell(self, name: str, watch: Watch, key: str, rate: float | None = None) -> None:
         if self._notices is not None:
             merchant, _, sku = key.partition(SEPARATOR)
             facts = {
@@ -246,7 +246,7 @@ class Detector:
                 "merchant": merchant if sku else None,
                 "sku": sku or None,
                 "threshold": watch.threshold,
-                "rate": self.rates.get((watch.stream, key), 0.0),
+                "rate": self.rates.get((watch.stream, key), 0.0) if rate is None else rate,
                 "counted": "calls" if watch.stream == CALLS else "stock",
             }
             self._notices.tell(name, facts)
@@ -277,6 +277,6 @@ class Detector:
         key = parts[2]
         self._heard += 1
         if what.startswith("h") and key not in watch.hot:
-            self._heat(watch, key, time.time())
+            self._heat(watch, key, time.time(), float(what[1:]))
         elif what.startswith("c") and key in watch.hot:
             self._cool(watch, key)

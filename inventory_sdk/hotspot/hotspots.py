@@ -99,10 +99,19 @@ class Hotspots:
     def declare(self, threshold: float) -> None:
         """A decorator has this threshold; those that were started before begin to look for it now."""
         self._thresholds.add(threshold)
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
         for loop, here in list(self._here.items()):
             here.watch(threshold)
-            if loop in self._grounds:
-                loop.call_soon_threadsafe(self._begin, here, self._grounds[loop])
+            ground = self._grounds.get(loop)
+            if ground is None:
+                continue
+            if loop is running:
+                self._begin(here, ground)
+            else:
+                loop.call_soon_threadsafe(self._begin, here, ground)
 
     def here(self) -> Here:
         """This event loop's half."""

@@ -105,13 +105,13 @@ class Pacer:
         """
         now = self._timers.time()
         early = self._early(now)
-        if not self._line and early <= 0 and self.lease.take(now):
+        if not self._line and early <= RESOLUTION and self.lease.take(now):
             self._go(now)
             return None
         wait = self.predicted(now)
         if at_once:
             ahead = len(self._line) * self.lease.interval
-            if max(self._early(now), self.lease.blocked(now)) > 0 or ahead > BURST:
+            if early > RESOLUTION or self.lease.blocked(now) > 0 or ahead > BURST:
                 raise self.refusal(now, wait, 0.0, f"the wait would be about {wait:.3f} s, and it may not wait")
         elif wait > patience:
             raise self.refusal(now, wait, patience, f"the wait would be about {wait:.3f} s, and it may wait {patience:.3f}")

@@ -55,7 +55,7 @@ async def adopt(engine: Engine, partition: Partition, merchant: str, fields: Seq
             await _steps(partition, epoch, "unmark", [(row.field, row.fence) for row in flipped.kept], merchant)
         fences = {row.field: row.fence for row in flipped.rows}
         if fences:
-            await _load(engine, partition, epoch, fences, merchant, whole=fields is None)
+            await _load(engine, partition, epoch, fences, merchant, fields is None)
             await engine.ledger.arrived(partition.number, fences)
     except EpochClosed as error:
         partition.forget()

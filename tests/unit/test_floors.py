@@ -57,6 +57,7 @@ OUTSIDE = {
     "sqlalchemy": ("ledger", "sync", "inventory", "reconcile", "gray", "testing", "web", "stock.aspect", "weave", "cli"),
     "aio_pika": ("sync",),
     "tenacity": ("sync", "stock"),
+    "limits": ("hotspot",),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
     "pytest": ("testing",),
 }
