@@ -6,6 +6,8 @@ its own. So ``run`` is a plain function that hands on the awaitable of what stan
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -27,7 +29,10 @@ OnReject = Callable[[HotspotLimited], Any]
 
 
 class Hall(Protocol):
-    """What the aspect asks the controller for."""
+    """What the aspect asks the controller for. ``last``: the half that ``here`` answered last, and of which event loop."""
+
+    @property
+    def last(self) -> tuple[weakref.ref[asyncio.AbstractEventLoop] | None, Here | None]: ...
 
     def here(self) -> Here: ...
 
@@ -49,6 +54,7 @@ class HotspotAspect:
 
     def compile(self, site: Site, proceed: Proceed) -> Proceed:
         hall, rule, on_reject = self._hall, self._rule, self._on_reject
+        threshold, get_running_loop = rule.threshold, asyncio.get_running_loop
         keys_of, checked = self._reader(site)
 
         async def paced(call: Call, here: Here, keys: Sequence[str]) -> Any:
@@ -69,35 +75,38 @@ class HotspotAspect:
             raise error
 
         def run(call: Call) -> Awaitable[Any]:
-            here = hall.here()
+            loop, here = hall.last
+            if here is None or loop is None or loop() is not get_running_loop():
+                here = hall.here()
             try:
                 keys = keys_of(call)
             except InvalidOperation as error:
                 # The stock aspect will say so, in the words that its raises= has for it.
                 return proceed(call) if checked else refused(error)
-            watch = here.watch(rule.threshold)
-            ring, hot = watch.ring, watch.hot
-            for key in keys:
-                counts = ring.counts
-                if key in counts:
-                    counts[key] += 1
-                else:
-                    if not checked:
-                        try:
-                            check_text("keys", key)
-                        except InvalidOperation as error:
-                            return refused(error)
-                    ring.add(key)
-            if hot:
-                warm = [key for key in keys if key in hot]
-                if warm:
-                    return paced(call, here, warm)
-            return proceed(call)
+            watch = here.watches.get(threshold) or here.watch(threshold)
+            hot = watch.hot
+            if type(keys) is str:
+                counts = watch.ring.counts
+                if keys in counts:
+                    counts[keys] += 1
+                    if hot and keys in hot:
+                        return paced(call, here, (keys,))
+                    return proceed(call)
+                keys = (keys,)
+            if not checked:
+                try:
+                    for key in keys:
+                        check_text("keys", key)
+                except InvalidOperation as error:
+                    return refused(error)
+            watch.ring.count(keys)
+            warm = [key for key in keys if key in hot] if hot else None
+            return paced(call, here, warm) if warm else proceed(call)
 
         return run
 
-    def _reader(self, site: Site) -> tuple[Callable[[Call], Sequence[str]], bool]:
-        """From a call to its keys, and whether somebody further in checks what they come from."""
+    def _reader(self, site: Site) -> tuple[Callable[[Call], str | Sequence[str]], bool]:
+        """From a call to its key or keys, and whether somebody further in checks what they come from."""
         if self._keys is not None:
             return _named(compile_selector(site, "keys", self._keys)), False
         # The stock aspect stands further in, so it is compiled by now.
@@ -108,25 +117,28 @@ class HotspotAspect:
         return _of_lines(lines, stock.merchant, self._hall), True
 
 
-def _named(pick: Pick) -> Callable[[Call], Sequence[str]]:
-    def keys(call: Call) -> Sequence[str]:
+def _named(pick: Pick) -> Callable[[Call], str | Sequence[str]]:
+    def keys(call: Call) -> str | Sequence[str]:
         value = pick(call.values())
         if type(value) is str:
-            return (value,)
+            return value
         if isinstance(value, Iterable) and not isinstance(value, str | bytes):
             return [each if type(each) is str else as_text("keys", each) for each in value]
-        return (as_text("keys", value),)
+        return as_text("keys", value)
 
     return keys
 
 
-def _of_lines(lines: Pick, merchant: Pick | None, hall: Hall) -> Callable[[Call], Sequence[str]]:
-    def keys(call: Call) -> Sequence[str]:
+def _of_lines(lines: Pick, merchant: Pick | None, hall: Hall) -> Callable[[Call], str | Sequence[str]]:
+    def keys(call: Call) -> str | Sequence[str]:
         values = call.values()
         home = None if merchant is None else merchant(values)
         if home is None:
             home = context.merchant.get() or hall.default_merchant()
         found: list[Line] = lines(values)
+        if len(found) == 1:
+            (line,) = found
+            return f"{home if line.merchant is None else line.merchant}{SEPARATOR}{line.sku}"
         return [f"{home if line.merchant is None else line.merchant}{SEPARATOR}{line.sku}" for line in found]
 
     return keys

@@ -36,21 +36,21 @@ class HotKey:
 class Here:
     """One event loop's half. ``paces`` are there once it is started; nothing is hot before."""
 
-    __slots__ = ("_watches", "detector", "paces", "promotion")
+    __slots__ = ("detector", "paces", "promotion", "watches")
 
     def __init__(self, detection: Detection, thresholds: set[float]) -> None:
         self.detector = Detector(detection)
         self.promotion: Promotion | None = None
         self.paces: Paces | None = None
-        self._watches: dict[float, Watch] = {}
+        self.watches: dict[float, Watch] = {}
         for threshold in thresholds:
             self.watch(threshold)
 
     def watch(self, threshold: float) -> Watch:
         """Calls that are hot at this threshold."""
-        watch = self._watches.get(threshold)
+        watch = self.watches.get(threshold)
         if watch is None:
-            watch = self._watches[threshold] = self.detector.watch(CALLS, threshold)
+            watch = self.watches[threshold] = self.detector.watch(CALLS, threshold)
         return watch
 
 
@@ -70,7 +70,7 @@ class Hotspots:
         self._thresholds: set[float] = set()
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Here] = WeakKeyDictionary()
         self._grounds: WeakKeyDictionary[asyncio.AbstractEventLoop, Ground] = WeakKeyDictionary()
-        self._last: tuple[weakref.ref[asyncio.AbstractEventLoop] | None, Here | None] = (None, None)
+        self.last: tuple[weakref.ref[asyncio.AbstractEventLoop] | None, Here | None] = (None, None)
 
     def top(self, limit: int = 20) -> list[HotKey]:
         """The keys that are called most over all processes, those that are hot first; as this process saw it at its last look.
@@ -115,7 +115,7 @@ class Hotspots:
 
     def here(self) -> Here:
         """This event loop's half."""
-        loop, here = self._last
+        loop, here = self.last
         running = asyncio.get_running_loop()
         if here is not None and loop is not None and loop() is running:
             return here
@@ -124,7 +124,7 @@ class Hotspots:
             for closed in [each for each in self._here if each.is_closed()]:
                 del self._here[closed]
             here = self._here[running] = Here(self._detection, self._thresholds)
-        self._last = (weakref.ref(running), here)
+        self.last = (weakref.ref(running), here)
         return here
 
     def lane(self, name: str) -> Lane | None:
@@ -138,7 +138,7 @@ class Hotspots:
         loop = asyncio.get_running_loop()
         self._grounds[loop] = ground
         here = self._here[loop] = Here(self._detection, self._thresholds)
-        self._last = (None, None)
+        self.last = (None, None)
         if self._auto:
             here.detector.watch(STOCK, self._promote_at)
             here.promotion = Promotion(ground, here.detector)
@@ -153,7 +153,7 @@ class Hotspots:
         loop = asyncio.get_running_loop()
         self._grounds.pop(loop, None)
         here = self._here.pop(loop, None)
-        self._last = (None, None)
+        self.last = (None, None)
         if here is not None:
             await here.detector.close()
             if here.paces is not None:

@@ -10,8 +10,8 @@ import pytest
 
 from inventory_sdk import Detection, HotspotLimited, Inventory, Lane, Line
 from inventory_sdk.errors import InvalidOperation
-from inventory_sdk.hotspot.board import Look, mark_of
 from inventory_sdk.hotspot.board import Entry as Hot
+from inventory_sdk.hotspot.board import Look, mark_of
 from inventory_sdk.hotspot.detector import CALLS, Detector
 from inventory_sdk.hotspot.rates import Rate, make_rule, parse_rate
 from inventory_sdk.metrics import Event, Happened, HotspotsUsed

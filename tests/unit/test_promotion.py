@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import fakeredis
 import pytest
 
 from inventory_sdk import Detection, Inventory, Line, errors
+from inventory_sdk.hotspot.board import mark_of
 from inventory_sdk.hotspot.detector import STOCK
 from inventory_sdk.hotspot.promotion import Promotion
 from inventory_sdk.ledger.protocol import AdmissionRow
@@ -18,6 +20,7 @@ from inventory_sdk.model import key_of
 from inventory_sdk.stock import handover
 
 M = "m1"
+NOW = time.time_ns() // 1_000_000
 A, B, C = (key_of(M, sku) for sku in "abc")
 
 
@@ -144,7 +147,7 @@ async def test_what_live_reservations_join_moves_together_and_waits_for_what_is_
     await shop.one.stock.reserve([Line("a", 1), Line("b", 1)], operation_id="ab")
     await shop.one.stock.reserve([Line("b", 1), Line("c", 1)], operation_id="bc")
     assert await shop.mover.promote([A]) == 3
-    heat(shop, C)
+    await heat(shop, C)
     assert await shop.mover.demote([A]) == 0  # c is hot, and reservations join it with a
     await shop.two.stock.confirm("bc")
     await shop.one.settled()
@@ -217,11 +220,11 @@ async def test_who_comes_while_it_changes_hands_waits_a_moment_and_sells(shop: T
     await shop.counted(a={"available": 8, "sold": 2})
 
 
-async def test_the_worker_moves_what_is_hot_and_what_is_cool_again(shop: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    heat(shop, A)
+async def test_the_worker_moves_what_is_hot_and_what_is_cool_again(shop: Two) -> None:
+    await heat(shop, A)
     await shop.mover.move()
     assert (await shop.places())["a"] == "redis"
-    cold(shop, A)
+    await cold(shop, A)
     await shop.mover.move()
     assert (await shop.places())["a"] == "redis"  # it stays for a while, hot or not
     board = shop.one.hotspots.here().detector.board
@@ -280,12 +283,17 @@ async def test_a_merchant_whose_stock_is_in_redis_may_have_single_skus_at_the_da
     await shop.counted(b={"available": 10, "reserved": 0})
 
 
-def heat(shop: Two, *keys: str) -> None:
-    watch = shop.one.hotspots.here().detector.watch(STOCK, 1_000_000.0)
-    watch.hot.update(dict.fromkeys(keys, 1.0))
-
-
-def cold(shop: Two, *keys: str) -> None:
-    watch = shop.one.hotspots.here().detector.watch(STOCK, 1_000_000.0)
+async def heat(shop: Two, *keys: str) -> None:
+    detector = shop.one.hotspots.here().detector
     for key in keys:
-        watch.hot.pop(key, None)
+        await detector.board.client.hset(detector.board.key("hot"), mark_of(STOCK, 1_000_000.0, key), f"{NOW} {NOW}")
+    await detector.look()
+    assert detector.watch(STOCK, 1_000_000.0).hot.keys() >= set(keys)
+
+
+async def cold(shop: Two, *keys: str) -> None:
+    detector = shop.one.hotspots.here().detector
+    for key in keys:
+        await detector.board.client.hdel(detector.board.key("hot"), mark_of(STOCK, 1_000_000.0, key))
+    await detector.look()
+    assert not detector.watch(STOCK, 1_000_000.0).hot.keys() & set(keys)
