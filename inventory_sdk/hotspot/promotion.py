@@ -103,7 +103,8 @@ class Promotion:
                 try:
                     went += await self._adopt(number, joined)
                     break
-                except InvalidOperation:
+                except (InvalidOperation, handover.Overtaken):
+                    # A reservation has joined more, or another process brings some of these too.
                     if last == AGAIN - 1:
                         raise
         return went

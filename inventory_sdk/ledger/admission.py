@@ -241,7 +241,7 @@ class Reading:
         self._fields = fields
 
     async def lock(self, epoch: int) -> None:
-        """The open epoch FOR SHARE, then the rows; those that are not arriving are left out."""
+        """The open epoch FOR SHARE, then the rows, for one who brings them at a time; those that are not arriving are left out."""
         table = self._store.tables.partition
         query = select(table.c.state).where(table.c.partition == self._partition, table.c.epoch == epoch).with_for_update(read=True)
         state = (await self._connection.execute(query)).scalar()
@@ -253,7 +253,7 @@ class Reading:
     async def _rows(self, *columns: str, lock: bool = False) -> list[tuple[Any, ...]]:
         keys = ("merchant", "sku")
         return await self._store.bulk.select(
-            self._connection, self._store.tables.stock, keys + columns, keys, rows.pairs(self._fields), "share" if lock else ""
+            self._connection, self._store.tables.stock, keys + columns, keys, rows.pairs(self._fields), "update" if lock else ""
         )
 
     async def balances(self) -> list[Balance]:

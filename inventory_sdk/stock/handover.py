@@ -72,11 +72,12 @@ async def _load(engine: Engine, partition: Partition, epoch: str, fences: Mappin
         if coming:
             # A withdrawal that is late with its last step finds this turn and leaves our holds alone.
             await _steps(partition, epoch, "mark", [(row.field, fences[row.field] - 1) for row in coming], merchant)
-            first = [coming[0].field, fences[coming[0].field]]
+            # Single SKUs may arrive in sets that overlap, all of a merchant's in one.
+            guard = [part for row in (coming[:1] if whole else coming) for part in (row.field, fences[row.field])]
             been = {row.field for row in coming if whole or row.field in turns}
-            await _holds(partition, epoch, reading, {row.field for row in coming}, been, first, merchant)
+            await _holds(partition, epoch, reading, {row.field for row in coming}, been, guard, merchant)
             if len(coming) == len(balances):
-                await _results(engine, partition, epoch, reading, first, merchant)
+                await _results(engine, partition, epoch, reading, guard, merchant)
             await _steps(
                 partition, epoch, "admit", [(row.field, fences[row.field], row.available, row.reserved) for row in coming], merchant
             )

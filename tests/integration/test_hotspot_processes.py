@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from inventory_sdk import Inventory
-from tests.hotspot_process import SKUS
+from inventory_sdk import Detection, Line
+from tests.hotspot_process import SKUS, inventory
 
 CYCLES = int(os.environ.get("INVENTORY_TEST_PROMOTIONS", "20"))
 PROCESSES = 8
@@ -86,9 +86,10 @@ async def test_skus_go_to_redis_and_back_under_load_in_two_processes_and_the_sum
     swept: str, redis_url: str, postgresql_url: str
 ) -> None:
     asked = {"mode": "sell", "redis": redis_url, "database": postgresql_url, "namespace": swept, "buyers": 3}
-    own = Inventory(redis_url, database=postgresql_url, namespace=swept, table_prefix=f"{swept}_", metrics=[], merchant="m1")
+    own = inventory({**asked, "name": "own"}, admission="auto", detection=Detection(stay=3600.0, promote="1000000/second"))
     async with own:
         await own.create_schema()
+        await own.stock.restock([Line(sku, 10) for sku in SKUS], operation_id="opening")
         seed = int.from_bytes(os.urandom(4), "big")
         print(f"seed {seed}, {CYCLES} times")  # noqa: T201
         both = [
@@ -107,10 +108,11 @@ async def test_skus_go_to_redis_and_back_under_load_in_two_processes_and_the_sum
             seen.append(await mover.says())
         print(seen)  # noqa: T201
         assert await own.ledger.verify() == []
+        supplied = 10 * (CYCLES + 1)
         for sku in SKUS:
             sold = sum(each["sold"][sku] for each in seen)
             (row,) = await own.ledger.stock([f"m1\x1f{sku}"])
-            assert (row.supplied, row.sold, row.reserved, row.available) == (10 * CYCLES, sold, 0, 10 * CYCLES - sold)
+            assert (row.supplied, row.sold, row.reserved, row.available) == (supplied, sold, 0, supplied - sold)
             level = await own.stock.level(sku)
             assert (level.available, level.reserved) == (row.available, row.reserved)
         sides = {side: sum(each["sides"][side] for each in seen) for side in ("redis", "database")}
