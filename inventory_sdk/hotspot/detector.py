@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from inventory_sdk.beside import Ground
 from inventory_sdk.hotspot.board import EVERY, Board, Changes, Entry, Look, mark_of, parts_of
+from inventory_sdk.hotspot.ending import ended
 from inventory_sdk.hotspot.ring import Ring
 from inventory_sdk.metrics import Happened, Retried
 from inventory_sdk.model import SEPARATOR, Detection
@@ -102,9 +103,7 @@ class Detector:
 
     async def close(self) -> None:
         """End what ``start`` began."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await ended(self._tasks)
         self._tasks.clear()
         self._ground = None
 

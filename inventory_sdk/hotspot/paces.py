@@ -9,6 +9,7 @@ from typing import Final
 
 from inventory_sdk import context
 from inventory_sdk.errors import HotspotLimited
+from inventory_sdk.hotspot.ending import ended
 from inventory_sdk.hotspot.lease import SharedLease, Source
 from inventory_sdk.hotspot.pacing import Pacer, Waiter
 from inventory_sdk.hotspot.rates import Rate, Rule
@@ -122,9 +123,7 @@ class Paces:
         for pacer, lease in self._pacers.values():
             lease.close()
             pacer.close()
-        for request in list(self._requests):
-            request.cancel()
-        await asyncio.gather(*self._requests, return_exceptions=True)
+        await ended(self._requests)
         if self._report_timer is not None:
             self._report_timer.cancel()
             self._report()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from inventory_sdk import Detection, Inventory, Line, errors
 from inventory_sdk.hotspot.board import mark_of
-from inventory_sdk.hotspot.detector import STOCK
+from inventory_sdk.hotspot.detector import IDLE_LOOKS, STOCK
 from inventory_sdk.hotspot.promotion import Promotion
 from inventory_sdk.ledger.protocol import AdmissionRow
 from inventory_sdk.model import key_of
@@ -25,13 +27,14 @@ A, B, C = (key_of(M, sku) for sku in "abc")
 
 
 class Two:
-    """Two processes of one deployment: fakeredis and a SQLite file between them. The worker runs inside the first."""
+    """Two processes of one deployment: fakeredis and a database between them. The worker runs inside the first."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, database: str, prefix: str = "inventory_") -> None:
         server = fakeredis.FakeServer()
         self.redis = fakeredis.FakeAsyncRedis(server=server)
         options: dict[str, Any] = {
-            "database": f"sqlite+aiosqlite:///{path}/stock.db",
+            "database": database,
+            "table_prefix": prefix,
             "metrics": [],
             "merchant": M,
             "redis": self.redis,
@@ -63,16 +66,20 @@ class Two:
                 assert (level.available, level.reserved) == (row.available, row.reserved)
 
 
-@pytest.fixture
-async def shop(tmp_path: Path) -> AsyncIterator[Two]:
-    two = Two(tmp_path)
+@asynccontextmanager
+async def opened(two: Two) -> AsyncIterator[Two]:
     async with two.one:
         await two.one.create_schema()
-        # One process may not know of the other's heat: both event loops are this one, so they have controllers of their own.
         async with two.two, two.one.worker(housekeeping=0.05, idle=0.01):
             await two.one.stock.restock([Line("a", 10), Line("b", 10), Line("c", 10)], operation_id="po")
             yield two
     await two.redis.aclose()
+
+
+@pytest.fixture
+async def shop(tmp_path: Path) -> AsyncIterator[Two]:
+    async with opened(Two(f"sqlite+aiosqlite:///{tmp_path}/stock.db")) as two:
+        yield two
 
 
 async def test_a_sku_goes_to_redis_and_back_alone(shop: Two) -> None:
@@ -141,6 +148,54 @@ async def test_carts_that_want_the_same_cold_sku_at_once_share_its_way(shop: Two
         *(stocks[number % 2].deduct([Line("a", 1), Line("bc"[number % 2], 1)], operation_id=f"cart-{number}") for number in range(10))
     )
     await shop.counted(a={"available": 0, "sold": 10}, b={"available": 5}, c={"available": 5})
+
+
+async def test_sets_that_overlap_arrive_side_by_side_and_holds_on_what_sells_already_are_left_alone(
+    shop: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one who brings a SKU at a time, the second one writes the hold back as it was before it was confirmed."""
+    await shop.one.stock.reserve([Line("b", 2)], operation_id="hold")
+    real = handover._holds
+    others: list[asyncio.Task[int]] = []
+
+    async def slow(*arguments: Any) -> None:
+        if not others:
+            # While the first has read the hold and not yet written it, the second brings the same SKU, and it is confirmed.
+            other = shop.two.hotspots.here().promotion
+            assert other is not None
+            others.append(asyncio.create_task(other.promote([B, C])))
+            await asyncio.sleep(0.2)
+            if others[0].done():
+                await shop.two.stock.confirm("hold")
+        await real(*arguments)
+
+    monkeypatch.setattr(handover, "_holds", slow)
+    await shop.mover.promote([A, B])
+    await others[0]
+    with contextlib.suppress(errors.ReservationClosed):
+        await shop.one.stock.confirm("hold")
+    assert set((await shop.places()).values()) == {"redis"}
+    await shop.counted(b={"available": 8, "reserved": 0, "sold": 2})
+
+
+async def test_a_withdrawal_that_is_late_with_its_last_step_leaves_the_holds_of_what_came_back(
+    shop: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.mover.promote([A, B])
+    await shop.two.stock.reserve([Line("b", 2)], operation_id="hold", durability="redis")
+    real = handover._chunks
+
+    async def late(partition: Any, epoch: str, what: str, *rest: Any) -> int:
+        if what == "holds":
+            monkeypatch.setattr(handover, "_chunks", real)
+            assert await shop.two.stock.adopt(M, skus=["b"]) == 1
+        return await real(partition, epoch, what, *rest)
+
+    monkeypatch.setattr(handover, "_chunks", late)
+    assert await shop.one.stock.withdraw(M, skus=["a", "b"]) == 2
+    assert await shop.places() == {"a": "database", "b": "redis", "c": "database"}
+    await shop.two.stock.confirm("hold")
+    await shop.counted(b={"available": 8, "reserved": 0, "sold": 2})
 
 
 async def test_what_live_reservations_join_moves_together_and_waits_for_what_is_hot(shop: Two) -> None:
@@ -287,7 +342,8 @@ async def heat(shop: Two, *keys: str) -> None:
     detector = shop.one.hotspots.here().detector
     for key in keys:
         await detector.board.client.hset(detector.board.key("hot"), mark_of(STOCK, 1_000_000.0, key), f"{NOW} {NOW}")
-    await detector.look()
+    for _ in range(IDLE_LOOKS):
+        await detector.look()
     assert detector.watch(STOCK, 1_000_000.0).hot.keys() >= set(keys)
 
 
