@@ -28,6 +28,8 @@ MOST_READ: Final = 1000
 SHOWN: Final = 0.1
 """Keys below this part of the lowest threshold are not read."""
 
+CLOCK: Final = "return redis.call('TIME')"
+"""TIME names no key, so a cluster would not know which node is asked."""
 MARK: Final = "\x1e"
 """Between the parts of a mark: stream, threshold, key."""
 
@@ -95,8 +97,7 @@ class Board:
         """Send what was counted since the last look (by stream), and see what all have counted together; keys with fewer than
         ``least`` calls per second are left out."""
         if self._ahead is None:
-            seconds, micros = await self.client.time()
-            self._ahead = _ms(seconds, micros) - time.time_ns() // 1_000_000
+            self._ahead = _ms(await self.client.eval(CLOCK, 1, self.key("hot"))) - time.time_ns() // 1_000_000
         moment = (time.time_ns() // 1_000_000 + self._ahead) // self._every
         counts = self.key(f"counts:{moment}")
         keep = self._every * (self._moments + 2) + 2000
@@ -112,7 +113,7 @@ class Board:
             pipeline.zremrangebyscore(self.key("processes"), "-inf", f"({moment - 15}")
             pipeline.pexpire(self.key("processes"), 60_000)
             pipeline.zcard(self.key("processes"))
-            pipeline.time()
+            pipeline.eval(CLOCK, 1, self.key("hot"))
             pipeline.hgetall(self.key("hot"))
             pipeline.hgetall(self.key("promoted"))
             floor = max(1, int(least * EVERY * SHOWN))
@@ -120,7 +121,7 @@ class Board:
                 pipeline.zrevrangebyscore(self.key(f"counts:{moment - back}"), "+inf", floor, start=0, num=MOST_READ, withscores=True)
             answers = await pipeline.execute()
         processes, at, hot, promoted, *seen = answers[-(5 + self._moments) :]
-        now = _ms(*at)
+        now = _ms(at)
         self._ahead = now - time.time_ns() // 1_000_000
         return Look(
             now,
@@ -166,7 +167,8 @@ class Board:
         return {key: total / seconds for key, total in sums.items()}
 
 
-def _ms(seconds: Any, micros: Any) -> int:
+def _ms(clock: Sequence[Any]) -> int:
+    seconds, micros = clock
     return int(seconds) * 1000 + int(micros) // 1000
 
 

@@ -35,6 +35,8 @@ IDLE_LOOKS: Final = 5
 """One look in so many while nothing is called and nothing is hot."""
 FORGOTTEN_MS: Final = 60_000
 """After which a hot mark that nobody judges any more (its threshold was changed) is removed by anyone."""
+PATIENCE: Final = 1.0
+"""Seconds that one look may take; what a plain command may is too long for what is hot now."""
 LISTEN_AGAIN: Final = 0.5
 
 AWAY: Final = (RedisError, OSError, asyncio.TimeoutError)
@@ -146,12 +148,13 @@ class Detector:
         counted = {stream: ring.turn() for stream, ring in self.rings.items()}
         thresholds = [watch.threshold for watch in self.watches.values()]
         try:
-            found = await board.look(counted, min(thresholds, default=1.0))
-            changes = self.judge(found)
-            heated: list[str] = []
-            cooled: list[str] = []
-            if changes.heat or changes.cool or changes.touch:
-                heated, cooled = await board.change(changes, found)
+            async with asyncio.timeout(PATIENCE):
+                found = await board.look(counted, min(thresholds, default=1.0))
+                changes = self.judge(found)
+                heated: list[str] = []
+                cooled: list[str] = []
+                if changes.heat or changes.cool or changes.touch:
+                    heated, cooled = await board.change(changes, found)
         except AWAY as error:
             self.away = True
             ground.metrics.record(Retried("hotspots", type(error).__name__))

@@ -60,7 +60,8 @@ class Retried:
 @dataclass(frozen=True, slots=True)
 class Happened:
     """Something worth counting and maybe an alert: ``frozen``, ``recovered``, ``lost``, ``late_entry``, ``fork``, ``unreadable``,
-    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``.
+    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
+    ``hotspot_heated``, ``hotspot_cooled``, ``promoted``, ``demoted``.
 
     Labels have few values: partition, kind, reason, why, task."""
 
