@@ -123,6 +123,21 @@ async def test_a_permit_that_came_as_its_caller_went_goes_to_the_next() -> None:
     assert lease.taken == len(went) == pacer.went == 9
 
 
+async def test_who_comes_when_a_turn_is_due_and_the_timer_is_late_does_not_overtake() -> None:
+    clock, went = Clock(), list[int]()
+    pacer = Pacer("a", Permits(100), clock)
+    for number in range(10):
+        Caller(pacer, number, 1.0, went)
+    await settle()
+    clock.now += 0.05  # the loop was busy: nobody has looked at the timer
+    late = pacer.enter(1.0)
+    assert late is not None
+    pacer.leave(late)
+    clock.turn(1.0)
+    await settle()
+    assert went == list(range(10))
+
+
 async def test_no_wait_is_unbounded() -> None:
     """A peer's fault: there is no longest wait. Here the permits end, and everybody hears of it in time."""
     clock, went = Clock(), list[int]()
