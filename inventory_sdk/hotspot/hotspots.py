@@ -34,11 +34,14 @@ class HotKey:
 
 
 class Here:
-    """One event loop's half. ``paces`` are there once it is started; nothing is hot before."""
+    """One event loop's half. ``ground`` and ``paces`` are there once it is started; nothing is hot before. ``outer``: the half that this
+    one stands in for (``Inventory.replaced``)."""
 
-    __slots__ = ("detector", "paces", "promotion", "watches")
+    __slots__ = ("detector", "ground", "outer", "paces", "promotion", "watches")
 
-    def __init__(self, detection: Detection, thresholds: set[float]) -> None:
+    def __init__(self, detection: Detection, thresholds: set[float], ground: Ground | None = None, outer: Here | None = None) -> None:
+        self.ground = ground
+        self.outer = outer
         self.detector = Detector(detection)
         self.promotion: Promotion | None = None
         self.paces: Paces | None = None
@@ -69,7 +72,6 @@ class Hotspots:
         self.default_merchant = default_merchant
         self._thresholds: set[float] = set()
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Here] = WeakKeyDictionary()
-        self._grounds: WeakKeyDictionary[asyncio.AbstractEventLoop, Ground] = WeakKeyDictionary()
         self.last: tuple[weakref.ref[asyncio.AbstractEventLoop] | None, Here | None] = (None, None)
 
     def top(self, limit: int = 20) -> list[HotKey]:
@@ -105,13 +107,12 @@ class Hotspots:
             running = None
         for loop, here in list(self._here.items()):
             here.watch(threshold)
-            ground = self._grounds.get(loop)
-            if ground is None:
+            if here.ground is None or loop.is_closed():
                 continue
             if loop is running:
-                self._begin(here, ground)
+                self._begin(here)
             else:
-                loop.call_soon_threadsafe(self._begin, here, ground)
+                loop.call_soon_threadsafe(self._begin, here)
 
     def here(self) -> Here:
         """This event loop's half."""
@@ -136,8 +137,10 @@ class Hotspots:
     async def start(self, ground: Ground) -> None:
         """Begin to look, if anything was declared."""
         loop = asyncio.get_running_loop()
-        self._grounds[loop] = ground
-        here = self._here[loop] = Here(self._detection, self._thresholds)
+        outer = self._here.get(loop)
+        if outer is not None and outer.ground is None:
+            outer = None  # it only counted, and its counts are of no use to anyone
+        here = self._here[loop] = Here(self._detection, self._thresholds, ground, outer)
         self.last = (None, None)
         if self._auto:
             here.detector.watch(STOCK, self._promote_at)
@@ -146,26 +149,29 @@ class Hotspots:
             ground.engine.direct.bring = here.promotion.bring
             ground.engine.direct.known = here.promotion.known
         if self._auto or self._thresholds:
-            self._begin(here, ground)
+            self._begin(here)
 
     async def close(self) -> None:
         """End what ``start`` began; who waits for a pace is refused."""
-        loop = asyncio.get_running_loop()
-        self._grounds.pop(loop, None)
-        here = self._here.pop(loop, None)
+        here = self._here.pop(asyncio.get_running_loop(), None)
         self.last = (None, None)
-        if here is not None:
-            await here.detector.close()
-            if here.paces is not None:
-                await here.paces.close()
+        if here is None:
+            return
+        if here.outer is not None:
+            self._here[asyncio.get_running_loop()] = here.outer
+        here.ground = None
+        await here.detector.close()
+        if here.paces is not None:
+            await here.paces.close()
 
     def jobs(self, ground: Ground) -> Sequence[Job]:
         """Moving hot SKUs to Redis and back, where admission is automatic."""
         here = self.here()
         return [Job("promotion", here.promotion.run)] if here.promotion is not None else []
 
-    def _begin(self, here: Here, ground: Ground) -> None:
-        if here.paces is not None or asyncio.get_running_loop() not in self._grounds:
+    def _begin(self, here: Here) -> None:
+        ground = here.ground
+        if here.paces is not None or ground is None:
             return
         detector = here.detector
         paces = here.paces = Paces(

@@ -260,6 +260,18 @@ async def test_an_unstarted_inventory_counts_and_lets_go() -> None:
     assert [await call("a") for _ in range(50)] == ["a"] * 50
 
 
+async def test_an_inventory_that_is_replaced_for_a_while_has_hotspots_of_its_own_meanwhile(inventory: Inventory) -> None:
+    buy = buyer(inventory)
+    heat(inventory, A)
+    before = inventory.hotspots.here()
+    async with inventory.replaced(stock={"m1": {"a": 3}}):
+        assert inventory.hotspots.here() is not before
+        assert await buy("o1", "a") == "o1"
+        assert not any(key.hot_since for key in inventory.hotspots.top())
+    assert inventory.hotspots.here() is before
+    assert before.ground is not None
+
+
 # Judging ----------------------------------------------------------------------------------------------------------------------------
 
 

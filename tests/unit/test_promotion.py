@@ -14,6 +14,7 @@ import fakeredis
 import pytest
 
 from inventory_sdk import Detection, Inventory, Line, errors
+from inventory_sdk.cli.admission import handed_over
 from inventory_sdk.hotspot.board import mark_of
 from inventory_sdk.hotspot.detector import IDLE_LOOKS, STOCK
 from inventory_sdk.hotspot.promotion import Promotion
@@ -222,6 +223,16 @@ async def test_what_a_person_has_adopted_stays_until_a_person_withdraws_it(shop:
     for skus in ([], "a", [""]):
         with pytest.raises(errors.InvalidOperation):
             await shop.one.stock.adopt(M, skus=skus)
+
+
+async def test_the_command_moves_single_skus_and_says_where_they_are(shop: Two, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await handed_over(shop.two, "adopt", M, ["a", "b"])
+    assert await handed_over(shop.two, "withdraw", M, ["b"])
+    assert await handed_over(shop.two, "show", M)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "OK      2 SKUs went over"
+    assert said[1].endswith("merchant m1: 2 SKUs redis; new ones database")
+    assert said[-1].endswith("merchant m1: 2 SKUs database, 1 SKUs redis; new ones database")
 
 
 async def test_holds_of_a_sku_that_came_back_expire_at_the_database(shop: Two) -> None:
