@@ -21,6 +21,9 @@ from inventory_sdk.metrics.prometheus import PrometheusMetrics
 
 Function = Callable[[int], Awaitable[int]]
 MANY = 10**9
+ALL = "lane, hotspot and metrics (all)"
+KEYS = [f"sku-{number}" for number in range(100)]
+LANES = {"core": Lane(max_concurrency=64, timeout=0.5)}
 
 
 async def bare(number: int) -> int:
@@ -28,12 +31,20 @@ async def bare(number: int) -> int:
     return number
 
 
-def ours() -> dict[str, Function]:
-    """Our aspects. The lane has slots, a line, a prediction, a deadline; metrics are what it reports."""
-    lane = {"core": Lane(max_concurrency=64, timeout=0.5)}
-    quiet = Inventory("memory://", lanes=lane, metrics=[NoMetrics()])
-    counted = Inventory("memory://", lanes=lane, metrics=[PrometheusMetrics(CollectorRegistry())])
-    return {"lane": quiet.lane("core")(bare), "lane and metrics (all)": counted.lane("core")(bare)}
+def ours(quiet: Inventory, counted: Inventory) -> dict[str, Function]:
+    """Our aspects, on inventories that are started: what finds hot keys looks at its counts meanwhile.
+
+    The lane has slots, a line, a prediction, a deadline; the hotspot counts its key, which is cold; metrics are what they report."""
+
+    def cold(inventory: Inventory) -> Callable[[Any], Any]:
+        return inventory.hotspot(threshold="1000000/second", limit="1000000/second", keys=lambda number: KEYS[number % len(KEYS)])
+
+    return {
+        "lane": quiet.lane("core")(bare),
+        "hotspot (cold key)": cold(quiet)(bare),
+        "lane and metrics": counted.lane("core")(bare),
+        ALL: counted.lane("core")(cold(counted)(bare)),
+    }
 
 
 def hyx_bulkhead() -> Function:
@@ -129,8 +140,8 @@ PEERS: dict[str, Callable[[], Function]] = {
     "cashews rate_limit": cashews,
     "prometheus counter": prometheus,
 }
-SAME_FEATURES = ("hyx bulkhead", "hyx timeout", "prometheus counter")
-"""What does, one by one, what our lane and its metrics do."""
+SAME_FEATURES = ("hyx bulkhead", "hyx timeout", "throttled-py GCRA", "prometheus counter")
+"""What does, one by one, what our lane, our hotspot and their metrics do. The GCRA is the cheapest of the peers' limits by key."""
 
 
 def trace(how: str) -> None:
@@ -153,7 +164,14 @@ async def seconds_of(function: Function, calls: int) -> float:
 
 async def main(calls: int, turns: int) -> None:
     """All of it; the last line is the JSON object."""
-    functions: dict[str, Function] = {"bare": bare, **ours()}
+    quiet = Inventory("memory://", lanes=LANES, metrics=[NoMetrics()])
+    counted = Inventory("memory://", lanes=LANES, metrics=[PrometheusMetrics(CollectorRegistry())])
+    async with quiet, counted:
+        await measure({"bare": bare, **ours(quiet, counted)}, calls, turns)
+
+
+async def measure(functions: dict[str, Function], calls: int, turns: int) -> None:
+    """These and the peers, in turns."""
     missing: dict[str, str] = {}
     for name, make in PEERS.items():
         try:
@@ -169,15 +187,15 @@ async def main(calls: int, turns: int) -> None:
     micros: dict[str, float] = {name: sorted(times)[turns // 2] / calls * 1e6 for name, times in taken.items()}
     cost = {name: round(micros[name] - micros["bare"], 3) for name in functions if name != "bare"}
     for name, each in cost.items():
-        print(f"{name:<28} {each:>8.2f} µs", flush=True)
+        print(f"{name:<32} {each:>8.2f} µs", flush=True)
     for name, why in missing.items():
-        print(f"{name:<28} not measured: {why}", flush=True)
+        print(f"{name:<32} not measured: {why}", flush=True)
     result: dict[str, Any] = {
         "benchmark": "aspects",
         "calls": calls,
         "bare_us": round(micros["bare"], 3),
         "costs_us": cost,
-        "ours_all_us": cost["lane and metrics (all)"],
+        "ours_all_us": cost[ALL],
         "peers_sum_us": round(sum(cost[name] for name in SAME_FEATURES), 3) if not set(SAME_FEATURES) & set(missing) else None,
         "peers_summed": list(SAME_FEATURES),
         "missing": missing,

@@ -22,7 +22,7 @@ from inventory_sdk.errors import (
     UnknownStock,
 )
 from inventory_sdk.inventory import Inventory
-from inventory_sdk.model import Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
+from inventory_sdk.model import Detection, Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
 from inventory_sdk.verify.changes import Change, record_change
 from inventory_sdk.verify.tables import WatchedTables
 from inventory_sdk.weave import injected
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Change",
     "DeadlineExceeded",
+    "Detection",
     "DurabilityNotReached",
     "HotspotLimited",
     "InsufficientStock",

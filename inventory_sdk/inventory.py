@@ -15,9 +15,12 @@ from inventory_sdk.beside import Beside
 from inventory_sdk.errors import InvalidOperation, InventoryError, NotStarted
 from inventory_sdk.gray.aspect import GrayAspect
 from inventory_sdk.gray.links import GrayLinks
+from inventory_sdk.hotspot.aspect import HotspotAspect, OnReject
+from inventory_sdk.hotspot.hotspots import Hotspots
+from inventory_sdk.hotspot.rates import Overflow, make_rule
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Fanout, Metrics
-from inventory_sdk.model import Lane, Line, Position, Receipt, check_text
+from inventory_sdk.model import Detection, Lane, Line, Position, Receipt, check_text
 from inventory_sdk.reconcile.model import Reconcile
 from inventory_sdk.reconcile.reconciler import Reconciler
 from inventory_sdk.running import LEDGER_TIMEOUT, Running
@@ -50,13 +53,13 @@ class Inventory(StockDecorators):
     None: the journal in Redis is the queue. ``database``: a SQLAlchemy URL with an async driver, or an AsyncEngine. ``merchant``:
     for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` is
     kept in the ledger and must be the same in every process. ``admission``: who sells the stock of merchants that are new to the
-    ledger, ``"redis"`` or, under row locks, ``"database"``; ``stock.adopt`` and ``stock.withdraw`` change it. ``durability``:
-    for calls that name none; None: ``"queue"`` where one is configured, else ``"redis"``. ``replicas``: how many copies
-    ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus'
-    default registry. ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with
-    ``JournalFull`` until the worker has caught up. ``gray_snapshot``: a file in which the last rules of the gray links are kept, for a
-    start without Redis. ``reconcile``: when Redis, ledger and the service's tables are compared, where what is found is told, and how
-    much may be corrected.
+    ledger, ``"redis"`` or, under row locks, ``"database"``; ``stock.adopt`` and ``stock.withdraw`` change it; ``"auto"``: each SKU by the
+    database until it is hot, then by Redis until it is cool, as ``detection`` says. ``durability``: for calls that name none; None:
+    ``"queue"`` where one is configured, else ``"redis"``. ``replicas``: how many copies ``"replica"`` waits for. ``lanes`` by name;
+    None: ``core`` and ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus' default registry. ``journal_cap``: entries of a
+    partition's journal, each a batch of operations, at which takes are refused with ``JournalFull`` until the worker has caught up.
+    ``gray_snapshot``: a file in which the last rules of the gray links are kept, for a start without Redis. ``reconcile``: when Redis,
+    ledger and the service's tables are compared, where what is found is told, and how much may be corrected.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -74,6 +77,7 @@ class Inventory(StockDecorators):
         durability: Durability | None = None,
         replicas: int = 1,
         lanes: Mapping[str, Lane] | None = None,
+        detection: Detection | None = None,
         metrics: Sequence[Metrics] | None = None,
         table_prefix: str = "inventory_",
         redis_timeout: float = 2.0,
@@ -90,8 +94,6 @@ class Inventory(StockDecorators):
         check_text("namespace", namespace)
         if set(namespace) & set("{}:"):
             raise InvalidOperation("namespace", namespace, "must not contain braces or colons: they belong to the Redis keys")
-        if admission == "auto":
-            raise InvalidOperation("admission", admission, "is not in this release yet: choose 'redis' or 'database', and adopt merchants")
         if admission not in ADMISSIONS:
             raise InvalidOperation("admission", admission, f"must be one of {', '.join(ADMISSIONS)}")
         if durability is not None and durability not in LEVELS:
@@ -116,8 +118,9 @@ class Inventory(StockDecorators):
         self._prefix = table_prefix
         self._merchant = merchant
         self._durability: str | None = durability
-        self._ledger_part = self._servers.make_ledger(table_prefix, admission)
-        self._beside: list[Beside] = [self.alerts]
+        self._ledger_part = self._servers.make_ledger(table_prefix, self._new_stock())
+        self.hotspots = Hotspots(detection or Detection(), self.lanes, self._default_merchant, auto=admission == "auto")
+        self._beside: list[Beside] = [self.alerts, self.hotspots]
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -253,7 +256,7 @@ class Inventory(StockDecorators):
         servers = servers_for(redis, queue, database or "sqlite+aiosqlite://", embedded=True)
         kept = self._servers, self._ledger_part, self._here, self._uses
         self._servers = servers
-        self._ledger_part = servers.make_ledger(self._prefix, self._settings.admission)
+        self._ledger_part = servers.make_ledger(self._prefix, self._new_stock())
         self._here, self._uses = WeakKeyDictionary(), WeakKeyDictionary()
         try:
             async with self:
@@ -263,6 +266,33 @@ class Inventory(StockDecorators):
                 yield self
         finally:
             self._servers, self._ledger_part, self._here, self._uses = kept
+
+    def hotspot(
+        self,
+        *,
+        threshold: str,
+        limit: str,
+        max_wait: float = 0.3,
+        keys: Selector | None = None,
+        overflow: Overflow = "queue",
+        on_reject: OnReject | None = None,
+    ) -> Now:
+        """Calls of a key that is called ``threshold`` times (``"200/second"``), by all processes together, are let through at ``limit``,
+        one after the other, each key in a line of its own; a call that would wait longer than ``max_wait`` seconds is refused.
+
+        ``keys``: a selector of one key or several; None: the SKUs of the function's stock decorator. ``overflow="reject"``: nobody
+        waits. ``on_reject`` gets the ``HotspotLimited``; what it answers, or awaits, is the call's result. Calls of keys that are not
+        hot pay nothing. Raises ``HotspotLimited`` with the seconds after which there is room.
+        """
+        rule = make_rule(threshold, limit, max_wait, overflow)
+        aspect = HotspotAspect(self.hotspots, rule, keys, on_reject)
+
+        def decorate(function: Any) -> Any:
+            woven = weave(function, aspect)
+            self.hotspots.declare(rule.threshold)
+            return woven
+
+        return decorate
 
     def lane(self, name: str, *, lines: Selector | None = None) -> Now:
         """The function runs in a lane: in one of its slots, within its timeout, refused at the door when it is too full.
@@ -369,6 +399,10 @@ class Inventory(StockDecorators):
 
     def _ledger(self) -> Ledger:
         return self._ledger_part
+
+    def _new_stock(self) -> str:
+        """Who sells what is new to the ledger."""
+        return "database" if self._settings.admission == "auto" else self._settings.admission
 
     def _default_merchant(self) -> str | None:
         return self._merchant

@@ -301,6 +301,27 @@ class Lane:
         object.__setattr__(self, "borrows_from", tuple(self.borrows_from))
 
 
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """How hot keys are found. Times are in seconds.
+
+    A key's rate is that of all processes over the last ``window``. It is hot from its threshold on, and cool again when it has been
+    below ``cool`` (a part of its threshold) for ``stay``, and hot for as long. ``promote``: calls per second at which
+    ``admission="auto"`` moves a SKU to Redis. ``InvalidOperation`` for anything else.
+    """
+
+    window: float = 0.6
+    stay: float = 10.0
+    cool: float = 0.5
+    promote: str = "100/second"
+
+    def __post_init__(self) -> None:
+        _check_seconds("window", self.window, 0.4 <= _number(self.window) <= 60, "from 0.4 to 60")
+        _check_seconds("stay", self.stay, 0 < _number(self.stay) <= MAX_TTL, f"more than 0, at most {MAX_TTL}")
+        if not 0 < _number(self.cool) < 1:
+            raise InvalidOperation("cool", self.cool, "must be a part of the threshold, between 0 and 1")
+
+
 def _number(value: object) -> float:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, exists, func, insert, literal, or_, select, tuple_, update
+from sqlalchemy import and_, exists, insert, literal, or_, select, tuple_, update
 
 from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.ledger import rows
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 SHOWN: Final = 5
 """Holds named in an error."""
+WITHDRAWN: Final = "withdraw"
+"""How the audit names a handover to the database."""
+MOST_JOINED: Final = 20_000
+"""SKUs that live holds may join before they are too many to change hands at once."""
 
 
 async def places(connection: AsyncConnection, store: Store, fields: Sequence[str], merchant: str | None) -> dict[str, str]:
@@ -48,9 +52,11 @@ async def of_merchant(connection: AsyncConnection, store: Store, merchant: str, 
     return [AdmissionRow(key_of(merchant, sku), admission, fence) for sku, admission, fence in found]
 
 
-async def _of_fields(connection: AsyncConnection, store: Store, fields: Sequence[str]) -> list[AdmissionRow]:
+async def of_fields(connection: AsyncConnection, store: Store, fields: Sequence[str], lock: bool = False) -> list[AdmissionRow]:
+    """The same for these fields."""
     columns = ("merchant", "sku", "admission", "fence")
-    found = await store.bulk.select(connection, store.tables.stock, columns, ("merchant", "sku"), rows.pairs(sorted(set(fields))), "update")
+    named = rows.pairs(sorted(set(fields)))
+    found = await store.bulk.select(connection, store.tables.stock, columns, ("merchant", "sku"), named, "update" if lock else "")
     return [AdmissionRow(key_of(merchant, sku), admission, fence) for merchant, sku, admission, fence in found]
 
 
@@ -97,7 +103,7 @@ async def arrive(
         await remember_merchant(connection, store, partition, merchant, REDIS)
         found = await of_merchant(connection, store, merchant, lock=True)
     else:
-        found = await _of_fields(connection, store, fields)
+        found = await of_fields(connection, store, fields, lock=True)
     coming = [row.field for row in found if row.admission == DATABASE]
     staying = [AdmissionRow(row.field, REDIS, row.fence + 1) for row in found if row.admission == REDIS]
     if coming and (joined := await mixed_holds(connection, store, partition, coming, DATABASE)):
@@ -113,7 +119,7 @@ async def arrive(
 async def arrived(connection: AsyncConnection, store: Store, partition: int, fences: Mapping[str, int]) -> int:
     """See ``Ledger.arrived``; the caller commits."""
     await lock_ledger(connection, store, partition)
-    found = await _of_fields(connection, store, list(fences))
+    found = await of_fields(connection, store, list(fences), lock=True)
     mine = [row for row in found if (row.admission, row.fence) == (ARRIVING, fences[row.field])]
     await _set(connection, store, [(row.field, REDIS, row.fence) for row in mine])
     return len(mine)
@@ -131,7 +137,9 @@ async def leave(
 ) -> Leaving:
     """See ``Ledger.leave``; the caller commits."""
     watermark = await _lock(connection, store, partition, epoch)
-    found = await of_merchant(connection, store, merchant, lock=True) if whole else await _of_fields(connection, store, list(marked))
+    found = (
+        await of_merchant(connection, store, merchant, lock=True) if whole else await of_fields(connection, store, list(marked), lock=True)
+    )
     going = [row for row in found if row.admission != DATABASE]
     if any(row.admission == ARRIVING or marked.get(row.field, row.fence) != row.fence for row in going):
         return Leaving("overtaken")
@@ -150,7 +158,7 @@ async def leave(
     if whole:
         await remember_merchant(connection, store, partition, merchant, DATABASE)
     if going:
-        await _note(connection, store, merchant, "withdraw", f"{len(going)} SKUs go to the database")
+        await _note(connection, store, merchant, WITHDRAWN, f"{len(going)} SKUs go to the database")
     return Leaving("done", holds=tuple(sorted(await holds_of(connection, store, partition, [row.field for row in found]))))
 
 
@@ -200,6 +208,24 @@ async def mixed_holds(connection: AsyncConnection, store: Store, partition: int,
     return sorted({key for name, keys in beside.items() if found.get(name) in others for key in keys})
 
 
+async def joined(connection: AsyncConnection, store: Store, partition: int, fields: Sequence[str]) -> list[str]:
+    """See ``Ledger.joined``."""
+    found: set[str] = set()
+    new = set(fields)
+    seen: set[str] = set()
+    while new:
+        found |= new
+        if len(found) > MOST_JOINED:
+            raise InvalidOperation(
+                "skus", len(found), f"are joined by live reservations, more than {MOST_JOINED} can't change hands at once"
+            )
+        keys = await holds_of(connection, store, partition, sorted(new)) - seen
+        seen |= keys
+        holds = await rows.holds(connection, store, keys)
+        new = {name for hold in holds.values() for name, counts in hold.lines.items() if counts[1]} - found
+    return sorted(found)
+
+
 def _holds(keys: Sequence[str]) -> str:
     names = ", ".join(repr(split_key(key)[1]) for key in keys[:SHOWN])
     return f"reservations {names}{' and more' if len(keys) > SHOWN else ''}"
@@ -215,7 +241,7 @@ class Reading:
         self._fields = fields
 
     async def lock(self, epoch: int) -> None:
-        """The open epoch FOR SHARE, then the rows; those that are not arriving are left out."""
+        """The open epoch FOR SHARE, then the rows, for one who brings them at a time; those that are not arriving are left out."""
         table = self._store.tables.partition
         query = select(table.c.state).where(table.c.partition == self._partition, table.c.epoch == epoch).with_for_update(read=True)
         state = (await self._connection.execute(query)).scalar()
@@ -227,7 +253,7 @@ class Reading:
     async def _rows(self, *columns: str, lock: bool = False) -> list[tuple[Any, ...]]:
         keys = ("merchant", "sku")
         return await self._store.bulk.select(
-            self._connection, self._store.tables.stock, keys + columns, keys, rows.pairs(self._fields), "share" if lock else ""
+            self._connection, self._store.tables.stock, keys + columns, keys, rows.pairs(self._fields), "update" if lock else ""
         )
 
     async def balances(self) -> list[Balance]:
@@ -288,9 +314,11 @@ async def due_holds(connection: AsyncConnection, store: Store, partition: int, l
     """See ``Ledger.due_holds``. Where no merchant sells from the ledger, that is all it costs to find out."""
     tables = store.tables
     stock, header, line, operation = tables.stock, tables.reservation, tables.reservation_line, tables.operation
-    home = tables.admission
-    some = select(func.count()).select_from(home).where(home.c.partition == partition, home.c.admission == DATABASE)
-    if not (await connection.execute(some)).scalar_one():
+    home, audit = tables.admission, tables.audit
+    some = exists().where(home.c.partition == partition, home.c.admission == DATABASE)
+    # SKUs of a merchant whose others Redis sells came here by a withdrawal.
+    went = exists().where(audit.c.kind == WITHDRAWN)
+    if not (await connection.execute(select(or_(some, went)))).scalar_one():
         return []
     now = await store.now_ms(connection)
     same = and_(stock.c.merchant == line.c.merchant, stock.c.sku == line.c.sku)

@@ -260,7 +260,8 @@ class Arrivals(Protocol):
         ...
 
     def results(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
-        """Applied operations of its merchants that never were in Redis (epoch 0), at or after ``since_ms``."""
+        """Applied operations of its merchants (of its fields, and since these were in Redis last, where it is not whole) that never
+        were in Redis (epoch 0), at or after ``since_ms``."""
         ...
 
     def forgotten(self, size: int, since_ms: int) -> AsyncIterator[Sequence[OperationRow]]:
@@ -417,8 +418,13 @@ class Ledger(Protocol):
         """Who sells these fields; those without a row are left out. Under ``""``: who sells what is new at ``merchant``."""
         ...
 
-    async def admission(self, merchant: str) -> list[AdmissionRow]:
-        """Every SKU of a merchant, sorted."""
+    async def admission(self, merchant: str, fields: Sequence[str] | None = None) -> list[AdmissionRow]:
+        """Every SKU of a merchant, sorted; only these where ``fields`` are given (of any merchant)."""
+        ...
+
+    async def joined(self, partition: int, fields: Sequence[str]) -> list[str]:
+        """These fields and all that live holds join with them, directly or through others: what can only change hands together.
+        ``InvalidOperation`` where that is more than a handover should carry."""
         ...
 
     async def arrive(self, partition: int, epoch: int, fields: Sequence[str] | None, merchant: str) -> Arriving:
@@ -426,8 +432,9 @@ class Ledger(Protocol):
         new SKUs too. ``EpochClosed``; ``InvalidOperation`` while a hold joins it with stock that stays."""
         ...
 
-    def arriving(self, partition: int, epoch: int, fields: Sequence[str]) -> AbstractAsyncContextManager[Arrivals]:
-        """The rows that are (still) arriving, held until the block ends. ``EpochClosed``."""
+    def arriving(self, partition: int, epoch: int, fields: Sequence[str], whole: bool = True) -> AbstractAsyncContextManager[Arrivals]:
+        """The rows that are (still) arriving, held until the block ends. ``whole``: they are all that their merchants have, and the
+        reading answers for the merchants; else for these fields. ``EpochClosed``."""
         ...
 
     async def arrived(self, partition: int, fences: Mapping[str, int]) -> int:

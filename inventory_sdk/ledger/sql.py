@@ -20,6 +20,7 @@ from inventory_sdk.errors import OutcomeUnknown
 from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, rows, tasks
 from inventory_sdk.ledger import verify as checks
 from inventory_sdk.ledger.apply import apply
+from inventory_sdk.ledger.arriving import FieldReading
 from inventory_sdk.ledger.browse import SqlPages
 from inventory_sdk.ledger.comparing import Comparing
 from inventory_sdk.ledger.engines import Engines
@@ -224,10 +225,17 @@ class SqlLedger:
         async with self._engines.read() as connection:
             return await admission.places(connection, self._store, fields, merchant)
 
-    async def admission(self, merchant: str) -> list[AdmissionRow]:
-        """Every SKU of a merchant, sorted."""
+    async def admission(self, merchant: str, fields: Sequence[str] | None = None) -> list[AdmissionRow]:
+        """Every SKU of a merchant, sorted; only these where ``fields`` are given."""
         async with self._engines.read() as connection:
+            if fields is not None:
+                return await admission.of_fields(connection, self._store, fields)
             return await admission.of_merchant(connection, self._store, merchant)
+
+    async def joined(self, partition: int, fields: Sequence[str]) -> list[str]:
+        """What can only change hands together."""
+        async with self._engines.read() as connection:
+            return await admission.joined(connection, self._store, partition, fields)
 
     async def arrive(self, partition: int, epoch: int, fields: Sequence[str] | None, merchant: str) -> Arriving:
         """Take stock from the direct sellers. ``EpochClosed``; ``InvalidOperation``."""
@@ -235,10 +243,11 @@ class SqlLedger:
             return await admission.arrive(connection, self._store, partition, epoch, fields, merchant)
 
     @asynccontextmanager
-    async def arriving(self, partition: int, epoch: int, fields: Sequence[str]) -> AsyncIterator[Arrivals]:
+    async def arriving(self, partition: int, epoch: int, fields: Sequence[str], whole: bool = True) -> AsyncIterator[Arrivals]:
         """A reading of arriving rows, held until the block ends. ``EpochClosed``."""
         async with self._engines.write() as connection:
-            reading = admission.Reading(connection, self._store, partition, fields)
+            kind = admission.Reading if whole else FieldReading
+            reading = kind(connection, self._store, partition, fields)
             await reading.lock(epoch)
             yield reading
 

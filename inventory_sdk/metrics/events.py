@@ -62,6 +62,8 @@ class Happened:
     """Something worth counting and maybe an alert: ``frozen``, ``recovered``, ``lost``, ``late_entry``, ``fork``, ``unreadable``,
     ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
     ``drift``, ``sink_away``, ``sink_refused``.
+    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
+    ``hotspot_heated``, ``hotspot_cooled``, ``promoted``, ``demoted``.
 
     Labels have few values: partition, kind, reason, why, task."""
 
@@ -143,7 +145,31 @@ class Compared:
     seconds: float
 
 
-Event = BatchSent | Published | Applied | Retried | Happened | LaneUsed | Behind | Alerting | GrayRouted | GrayRules | Compared
+@dataclass(frozen=True, slots=True)
+class HotspotsUsed:
+    """What hotspots did since their last report (once a second while anything is hot).
+
+    ``hot``, ``waiting``, ``alone`` (keys whose rate this process keeps alone, because Redis does not answer) and ``top`` are as things
+    are now, the others counts since then.
+    """
+
+    hot: int
+    waiting: int
+    alone: int
+    admitted: int
+    waits: Sequence[float]
+    """Seconds that calls waited in a hot key's line, those given up included."""
+    refused: Mapping[str, int]
+    """Calls refused, by reason: ``predicted_wait``, ``waited``, ``rejected``, ``lane_share``, ``deadline``."""
+    leases: Mapping[str, int]
+    """Requests for a part of the shared rate, by what came of them: ``granted``, ``refused``, ``away``."""
+    top: Sequence[tuple[str, str, float]]
+    """The hottest keys, at most ten: merchant, sku (or the key where it has no SKU), calls per second over all processes."""
+
+
+Event = (
+    BatchSent | Published | Applied | Retried | Happened | LaneUsed | Behind | Alerting | GrayRouted | GrayRules | Compared | HotspotsUsed
+)
 
 
 class Metrics(Protocol):

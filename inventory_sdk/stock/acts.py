@@ -231,6 +231,8 @@ class Acts:
         if level not in engine.kept:
             await self._keep_level(engine, level)
         partition = engine.home(merchant)
+        if engine.count is not None:
+            engine.count(flat[::2])
         if engine.loader.has_unknown:
             engine.loader.check_known(flat[::2])
         hold_ms = 0
@@ -250,7 +252,7 @@ class Acts:
         orphaned = partial(self._give_back, engine, partition, kind, key, flat) if made_up else None
         found = None
         if engine.direct.busy and engine.direct.expects(operation):
-            found = await engine.direct.act(partition, operation, orphaned)
+            found = await engine.act(partition, operation, orphaned)
         if found is None:
             batcher = engine.batcher(partition, context.lane.get())
             found = await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
@@ -363,6 +365,9 @@ class Acts:
                 raise ReservationNotFound(reservation, home)
             answer, batch = await engine.send(partition, operation(flag + "t"))
             if answer[0] <= DONE and not answer[2]:
+                if engine.direct.auto and batch.position.epoch:
+                    # A reserve that comes late may come to the database.
+                    await self._reach(engine, batch.position, "settled", key, None)
                 raise ReservationNotFound(reservation, home)
         if answer[0] <= DONE:
             position = batch.position

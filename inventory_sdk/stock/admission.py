@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final
 
 from inventory_sdk import context
@@ -31,13 +31,15 @@ from inventory_sdk.stock.batch import (
     Answer,
     Answered,
 )
-from inventory_sdk.stock.loading import Loader
+from inventory_sdk.stock.loading import ChangingHands, Loader
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import RS, write_result
 
-ADMISSIONS: Final = ("redis", "database")
+ADMISSIONS: Final = ("redis", "database", "auto")
 REMEMBERED_FOR: Final = 2.0
 MOST_REMEMBERED: Final = 10_000
+AT_ONCE: Final = 6
+"""Direct acts under way in one event loop; a pool of SQLAlchemy has 15 connections unless it was told otherwise."""
 SOON: Final = 0.1
 """Seconds after which stock that changes hands may be asked for again."""
 
@@ -64,15 +66,22 @@ class Direct:
 
     def __init__(self, ledger: Ledger, default: str, metrics: Metrics, writes: Sequence[WritesStock], loader: Loader) -> None:
         self._ledger = ledger
-        self._default = default == "database"
+        self._default = default != "redis"
+        self.auto = default == "auto"
+        """Whether SKUs of one merchant are sold on both sides, and what one knows of one says nothing of another."""
+        self.bring: Callable[[Sequence[str]], Awaitable[None]] | None = None
+        """Gives these fields to Redis, so that one call can have them together with others that are there; None: nobody does."""
+        self.known: Callable[[str], bool] = _unheard
+        """Whether a field is known to be in Redis, where nobody has said anything of it lately."""
         self._metrics = metrics
         self._writes = writes
         self._loader = loader
         self._seen: dict[str, tuple[bool, float]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self.busy = self._default
-        self.answered: Callable[[str, bool], None] | None = None
         """Whether ``expects`` could say yes: what a call asks first, because it is almost never so."""
+        self.answered: Callable[[str, bool], None] | None = None
 
     # Where a process believes it is -------------------------------------------------------------------------------------------------
 
@@ -82,25 +91,32 @@ class Direct:
             return False  # it is what the ledger owes to Redis
         if operation[8].startswith("0-") and operation[0] in ("undo", "keep"):
             return True  # it was taken there
-        return self.expects_any(fields_of(operation), split_key(operation[1])[0])
+        fields = fields_of(operation)
+        if self.auto and not fields:
+            # What closes a hold names no stock. Where it was not taken here lately, Redis is asked, which knows its holds.
+            direct, until = self._seen.get(operation[5], (False, 0.0))
+            return direct and until > time.monotonic()
+        return self.expects_any(fields, split_key(operation[1])[0])
 
     def expects_any(self, fields: Iterable[str], merchant: str) -> bool:
         """The same for fields, or for a merchant where there are none."""
         now = time.monotonic()
-        for name in (*fields, merchant):
+        for name in fields if self.auto else (*fields, merchant):
             direct, until = self._seen.get(name, (False, 0.0))
             if until > now:
                 return direct
-        return self._default
+            if self.known(name):
+                return False
+        return self._default and bool(not self.auto or fields)
 
-    def note(self, fields: Iterable[str], merchant: str, direct: bool) -> None:
-        """Somebody who must know has said so."""
+    def note(self, fields: Iterable[str], merchant: str | None, direct: bool) -> None:
+        """Somebody who must know has said so; of the merchant as a whole where it is named."""
         now = time.monotonic()
         if len(self._seen) > MOST_REMEMBERED:
             self._seen = {name: seen for name, seen in self._seen.items() if seen[1] > now}
             if len(self._seen) > MOST_REMEMBERED:
                 self._seen.clear()
-        for name in (*fields, merchant):
+        for name in (*fields, *(() if merchant is None or self.auto else (merchant,))):
             self._seen[name] = (direct, now + REMEMBERED_FOR)
         self.busy = self.busy or direct
 
@@ -111,6 +127,9 @@ class Direct:
         there = {places[name] for name in fields if name in places} if fields else {places[""]}
         if "arriving" in there:
             raise _changing(fields)
+        if there == {"database", "redis"} and self.bring is not None:
+            await self.bring([name for name in fields if places.get(name) == "database"])
+            there = {"redis"}
         if there == {"database", "redis"}:
             raise _mixed([name for name in fields if places.get(name) == "redis"])
         self.note(fields, merchant, there == {"database"})
@@ -122,7 +141,7 @@ class Direct:
         """The answer as the batch script would give it; None when Redis sells this stock.
 
         It is done even if its caller goes away meanwhile; ``orphaned`` gets the answer then."""
-        task = asyncio.get_running_loop().create_task(self._act(partition, operation), name="inventory direct act")
+        task = asyncio.get_running_loop().create_task(self._in_turn(partition, operation), name="inventory direct act")
         self._tasks.add(task)
         task.add_done_callback(self._done)
         try:
@@ -142,6 +161,11 @@ class Direct:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
+    async def _in_turn(self, partition: Partition, operation: list[Any]) -> Answer | None:
+        # All wait for one row. With all of the pool's connections waiting there, nobody could move the stock away from it.
+        async with self._turns:
+            return await self._act(partition, operation)
+
     async def _act(self, partition: Partition, operation: list[Any]) -> Answer | None:
         started = time.perf_counter()
         kind, key, mark, lines, order, reference, ttl_ms, extra, at, flag = operation
@@ -159,12 +183,15 @@ class Direct:
             return None
         if found.code == "arriving":
             raise _changing(found.details)
+        if found.code == "mixed" and self.bring is not None:
+            await self.bring([name for name in fields if name not in found.details])
+            return None
         if found.code == "mixed":
             raise _mixed(found.details)
         if found.code == "unknown":
             self._loader.unknown(found.details)
             raise UnknownStock(*split_key(found.details[0]))
-        self.note(fields, merchant, True)
+        self.note([*fields, key] if self.auto and kind == "reserve" else fields, merchant, True)
         if self.answered is not None and kind in TAKES and found.code != "pinned":
             self.answered(merchant, found.code in ("done", "replay"))
         self._tell(partition, kind, found.code, time.perf_counter() - started)
@@ -181,6 +208,10 @@ class Direct:
         accepted = {kind: 1} if code == "done" else {}
         refused = {} if code in ("done", "replay") else {"insufficient" if code == "short" else code: 1}
         self._metrics.record(BatchSent(partition.number, context.lane.get(), 1, accepted, refused, int(code == "replay"), seconds))
+
+
+def _unheard(field: str) -> bool:
+    return False
 
 
 def _hand_over(task: asyncio.Task[Answer | None], orphaned: Callable[[Answer], None]) -> None:
@@ -202,9 +233,9 @@ def _answer(found: DirectAnswer) -> list[Any]:
     return [_CODES[found.code], *found.details]
 
 
-def _changing(fields: Sequence[str]) -> StockFrozen:
+def _changing(fields: Sequence[str]) -> ChangingHands:
     merchant, sku = split_key(fields[0]) if fields else ("", "")
-    return StockFrozen(f"sku {sku!r} of merchant {merchant!r} is changing hands between Redis and the database", retry_after=SOON)
+    return ChangingHands(f"sku {sku!r} of merchant {merchant!r} is changing hands between Redis and the database", retry_after=SOON)
 
 
 def _mixed(fields: Sequence[str]) -> InvalidOperation:

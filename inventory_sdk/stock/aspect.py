@@ -64,7 +64,7 @@ class Act:
 
 
 class StockAspect:
-    """One decorator on one function. ``lines`` of a call are here for aspects that go by SKU (hotspots)."""
+    """One decorator on one function. ``lines`` and ``merchant`` of a call are here for aspects that go by SKU (hotspots)."""
 
     order = Order.STOCK
 
@@ -72,12 +72,13 @@ class StockAspect:
         self.act = act
         self.entry: Entry | None = None
         self.lines: Pick | None = None
+        self.merchant: Pick | None = None
         self._room = room
 
     def compile(self, site: Site, proceed: Proceed) -> Proceed:
         act = self.act
         ask = Asking(site, act, self._room)
-        self.lines = ask.lines
+        self.lines, self.merchant = ask.lines, ask.merchant
         if act.run == "later":
             if self.entry is None:
                 self.entry = make_entry(site, act.name, act.version, act.upgrade)
@@ -98,7 +99,7 @@ class Asking:
         self._room = room
         self._kind = act.kind
         self._label = site.label
-        self._merchant = None if act.merchant is None else compile_text(site, "merchant", act.merchant, required=False)
+        self.merchant = None if act.merchant is None else compile_text(site, "merchant", act.merchant, required=False)
         self._picks: list[tuple[str, Pick]] = []
         self._constants: dict[str, Any] = {} if act.durability is None else {"durability": act.durability}
         for field, selector, required in (
@@ -126,7 +127,7 @@ class Asking:
     def __call__(self, call: Call) -> dict[str, Any]:
         """The keywords; ``InvalidOperation`` for arguments that name nothing."""
         values = call.values()
-        merchant = None if self._merchant is None else self._merchant(values)
+        merchant = None if self.merchant is None else self.merchant(values)
         if merchant is None:
             merchant = context.merchant.get() or self._room._default_merchant()
             if merchant is None:

@@ -21,7 +21,7 @@ from inventory_sdk.stock.batch import AWAY, NOT_FOUND, NOT_LOADED, PIN, TOO_LATE
 from inventory_sdk.stock.deciding import resolve
 from inventory_sdk.stock.givers import Givers
 from inventory_sdk.stock.journal import decode
-from inventory_sdk.stock.loading import Loader
+from inventory_sdk.stock.loading import ChangingHands, Loader
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.routed import scripts_on
 from inventory_sdk.stock.share import SharingBatcher
@@ -33,6 +33,9 @@ log = logging.getLogger("inventory_sdk.stock")
 PIN_WAITS: Final = (0.01, 0.05, 0.1, 0.2, 0.4)
 """Seconds between looks at a hold that its decider has pinned: a commit takes milliseconds."""
 
+
+HANDOVER_WAITS: Final = (0.005, 0.01, 0.02, 0.04, *((0.05,) * 38))
+"""Seconds between looks at a SKU that changes hands by itself: milliseconds to Redis, to the database as long as the worker is behind."""
 
 LOOKED_AT: Final = frozenset({NOT_LOADED, PIN, AWAY, NOT_FOUND, TOO_LATE})
 """Answers that may not be the last word."""
@@ -85,6 +88,8 @@ class Engine:
         self.kept = {"redis"}
         """Durability levels that are known to be kept here."""
         self.asking = asyncio.Lock()
+        self.count: Callable[[Sequence[str]], None] | None = None
+        """Hears of the fields of every take, where somebody wants to know what is hot."""
         self.waits = Waits(settings.replicas, settings.wait_timeout, self.in_background)
         self.givers = Givers(publish, self.in_background, metrics) if publish is not None else None
         self._background: set[asyncio.Task[Any]] = set()
@@ -131,51 +136,85 @@ class Engine:
             return answer
         return await self.send_again(partition, operation, answer, None)
 
-    async def _once(self, partition: Partition, operation: list[Any], orphaned: Callable[[Answer], None] | None) -> Answer:
-        """Where it is believed to be sold; the ledger knows when that is wrong, and then it is sold in Redis."""
-        if (self.direct.busy or operation[8]) and self.direct.expects(operation):
+    async def _once(
+        self, partition: Partition, operation: list[Any], orphaned: Callable[[Answer], None] | None, there: bool = False
+    ) -> Answer:
+        """Where it is believed to be sold (``there``: it is known that the ledger runs it); the ledger knows when that is wrong, and
+        then it is sold in Redis."""
+        if there or ((self.direct.busy or operation[8]) and self.direct.expects(operation)):
             if len(operation) > 10 or "p" in operation[9]:
-                why = "are of several partitions, and the database sells some of them: adopt their merchants, or take them one by one"
-                raise InvalidOperation("lines", [split_key(name)[1] for name in fields_of(operation)], why)
-            found = await self.direct.act(partition, operation, orphaned)
-            if found is not None:
-                return found
+                if self.direct.bring is None:
+                    raise _over_several(operation)
+                await self.direct.bring(fields_of(operation))
+            else:
+                found = await self.act(partition, operation, orphaned)
+                if found is not None:
+                    return found
         batcher = self.batcher(partition, context.lane.get())
         return await (batcher.submit(operation) if orphaned is None else batcher.ask(operation, orphaned))
+
+    async def act(self, partition: Partition, operation: list[Any], orphaned: Callable[[Answer], None] | None) -> Answer | None:
+        """``Direct.act``; where SKUs move by themselves, a moment that one is on its way is waited for and not an error."""
+        waits = iter(HANDOVER_WAITS if self.direct.auto else ())
+        while True:
+            try:
+                return await self.direct.act(partition, operation, orphaned)
+            except ChangingHands:
+                pause = next(waits, None)
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
 
     async def send_again(
         self, partition: Partition, operation: list[Any], answer: Answer, orphaned: Callable[[Answer], None] | None
     ) -> Answer:
         """What ``send`` does after an answer that something is not loaded, pinned, or not here."""
         loads = 0
-        waits = iter(PIN_WAITS)
+        there = False
+        pins = iter(PIN_WAITS)
+        changing = iter(HANDOVER_WAITS if self.direct.auto else ())
         while True:
             code = answer[0][0]
-            if code == NOT_LOADED:
-                loads += 1
-                if loads > 5:
-                    raise Overloaded("the stock of this operation does not stay loaded; the partition is being recovered", 0.5)
-                direct = await self.loader.load(partition, answer[0][1:])
-                if direct:
-                    self.direct.note(direct, split_key(operation[1])[0], True)
-            elif code == AWAY:
-                loads += 1
-                if loads > 5:
-                    raise Overloaded("the stock of this operation keeps changing hands", 0.5)
-                await leaving(self.direct, answer[0][1:], split_key(operation[1])[0])
-            elif code in (NOT_FOUND, TOO_LATE) and answer[1].position.epoch and loads < 2:
-                loads += 1
-                if not await self._elsewhere(partition, operation):
+            try:
+                if code == NOT_LOADED:
+                    loads += 1
+                    if loads > 5:
+                        raise Overloaded("the stock of this operation does not stay loaded; the partition is being recovered", 0.5)
+                    await self._load(partition, operation, answer[0][1:])
+                elif code == AWAY:
+                    loads += 1
+                    if loads > 5:
+                        raise Overloaded("the stock of this operation keeps changing hands", 0.5)
+                    await leaving(self.direct, answer[0][1:], split_key(operation[1])[0])
+                elif code in (NOT_FOUND, TOO_LATE) and answer[1].position.epoch and loads < 2:
+                    loads += 1
+                    if not await self._elsewhere(partition, operation):
+                        return answer
+                    there = self.direct.auto and operation[0] not in ("undo", "keep")
+                elif code == PIN:
+                    pause = next(pins, None)
+                    if pause is None:
+                        name = split_key(operation[5])[1]
+                        raise Overloaded(f"reservation {name!r} is pinned by a transaction that has not ended", retry_after=1.0)
+                    await asyncio.sleep(pause)
+                else:
                     return answer
-            elif code == PIN:
-                pause = next(waits, None)
+            except ChangingHands:
+                pause = next(changing, None)
                 if pause is None:
-                    name = split_key(operation[5])[1]
-                    raise Overloaded(f"reservation {name!r} is pinned by a transaction that has not ended", retry_after=1.0)
+                    raise
+                loads -= 1
                 await asyncio.sleep(pause)
-            else:
-                return answer
-            answer = await self._once(partition, operation, orphaned)
+            answer = await self._once(partition, operation, orphaned, there)
+
+    async def _load(self, partition: Partition, operation: list[Any], fields: Sequence[str]) -> None:
+        """Into Redis; or it is noted that the ledger sells all of the operation's stock."""
+        merchant = split_key(operation[1])[0]
+        direct = await self.loader.load(partition, fields)
+        if direct and len(set(direct)) < len(set(fields_of(operation))):
+            await self.direct.sells(fields_of(operation), merchant)
+        elif direct:
+            self.direct.note(direct, merchant, True)
 
     async def _elsewhere(self, partition: Partition, operation: list[Any]) -> bool:
         """Redis does not know the hold, or the take: whether it is worth to ask again, because the ledger runs it, or because it
@@ -187,6 +226,8 @@ class Engine:
         row = await self.ledger.reservation(operation[5])
         held = row is not None and row.state == "held"
         open_ = [row.lines[at] for at in range(0, len(row.lines), 5) if row.lines[at + 2]] if row is not None and held else []
+        if self.direct.auto and not held:
+            return False
         if await self.direct.sells(open_, merchant):
             return True
         if not held:
@@ -239,3 +280,8 @@ class Engine:
             await batcher.close()
         while self._background:
             await asyncio.wait(set(self._background))
+
+
+def _over_several(operation: Sequence[Any]) -> InvalidOperation:
+    why = "are of several partitions, and the database sells some of them: adopt their merchants, or take them one by one"
+    return InvalidOperation("lines", [split_key(name)[1] for name in fields_of(operation)], why)

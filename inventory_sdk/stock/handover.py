@@ -55,27 +55,29 @@ async def adopt(engine: Engine, partition: Partition, merchant: str, fields: Seq
             await _steps(partition, epoch, "unmark", [(row.field, row.fence) for row in flipped.kept], merchant)
         fences = {row.field: row.fence for row in flipped.rows}
         if fences:
-            await _load(engine, partition, epoch, fences, merchant)
+            await _load(engine, partition, epoch, fences, merchant, fields is None)
             await engine.ledger.arrived(partition.number, fences)
     except EpochClosed as error:
         partition.forget()
         raise StockFrozen(str(error), retry_after=0.5) from error
-    engine.direct.note([*fences, *(row.field for row in flipped.kept)], merchant, False)
+    engine.direct.note([*fences, *(row.field for row in flipped.kept)], merchant if fields is None else None, False)
     return len(fences)
 
 
-async def _load(engine: Engine, partition: Partition, epoch: str, fences: Mapping[str, int], merchant: str) -> None:
-    async with engine.ledger.arriving(partition.number, int(epoch), list(fences)) as reading:
+async def _load(engine: Engine, partition: Partition, epoch: str, fences: Mapping[str, int], merchant: str, whole: bool) -> None:
+    async with engine.ledger.arriving(partition.number, int(epoch), list(fences), whole) as reading:
         balances = [row for row in await reading.balances() if row.field in fences]
         turns = await _turns(partition, [row.field for row in balances])
         coming = [row for row in balances if turns.get(row.field, -1) < 2 * fences[row.field]]
         if coming:
             # A withdrawal that is late with its last step finds this turn and leaves our holds alone.
             await _steps(partition, epoch, "mark", [(row.field, fences[row.field] - 1) for row in coming], merchant)
-            first = [coming[0].field, fences[coming[0].field]]
-            await _holds(partition, epoch, reading, {row.field for row in coming}, first, merchant)
+            # Single SKUs may arrive in sets that overlap, all of a merchant's in one.
+            guard = [part for row in (coming[:1] if whole else coming) for part in (row.field, fences[row.field])]
+            been = {row.field for row in coming if whole or row.field in turns}
+            await _holds(partition, epoch, reading, {row.field for row in coming}, been, guard, merchant)
             if len(coming) == len(balances):
-                await _results(engine, partition, epoch, reading, first, merchant)
+                await _results(engine, partition, epoch, reading, guard, merchant)
             await _steps(
                 partition, epoch, "admit", [(row.field, fences[row.field], row.available, row.reserved) for row in coming], merchant
             )
@@ -92,12 +94,14 @@ async def _turns(partition: Partition, fields: Sequence[str]) -> dict[str, int]:
     return found
 
 
-async def _holds(partition: Partition, epoch: str, reading: Arrivals, fields: set[str], guard: list[Any], merchant: str) -> None:
-    """Live holds come, and those that Redis still remembers of an earlier stay and that have ended since go."""
+async def _holds(
+    partition: Partition, epoch: str, reading: Arrivals, fields: set[str], been: set[str], guard: list[Any], merchant: str
+) -> None:
+    """Live holds come, and those that Redis still remembers of an earlier stay (of ``been``) and that have ended since go."""
     live = {row.key: row for row in await reading.reservations()}
     now = (await partition.hello()).now_ms
     flat: list[Any] = []
-    async for key in _remembered(partition, fields):
+    async for key in _remembered(partition, been):
         if key not in live:
             flat += (key, "", 0)
     for row in live.values():
@@ -113,6 +117,8 @@ def _open(row: ReservationRow) -> set[str]:
 
 async def _remembered(partition: Partition, fields: set[str]) -> AsyncIterator[str]:
     """Keys of holds in Redis that have any of these fields."""
+    if not fields:
+        return
     client: Any = partition.wire.client
     async for key, record in client.hscan_iter(partition.key("reservations"), count=1000):
         if not fields.isdisjoint(record.decode().split(RS)[5::2]):
@@ -155,7 +161,7 @@ async def withdraw(engine: Engine, partition: Partition, merchant: str, settled:
     except EpochClosed as error:
         partition.forget()
         raise StockFrozen(str(error), retry_after=0.5) from error
-    engine.direct.note(marked, merchant, True)
+    engine.direct.note(marked, merchant if fields is None else None, True)
     if holds and marked:
         name, fence = next(iter(marked.items()))
         await _chunks(partition, epoch, "holds", [part for key in holds for part in (key, "", 0)], 3, [name, fence + 1], merchant)
@@ -163,8 +169,7 @@ async def withdraw(engine: Engine, partition: Partition, merchant: str, settled:
 
 
 async def _rows(engine: Engine, merchant: str, fields: Sequence[str] | None) -> list[AdmissionRow]:
-    rows = await engine.ledger.admission(merchant)
-    return rows if fields is None else [row for row in rows if row.field in set(fields)]
+    return await engine.ledger.admission(merchant, fields)
 
 
 async def _drain(

@@ -24,6 +24,11 @@ MOST_UNKNOWN: Final = 10_000
 
 LOAD_KEYS: Final = ("meta", "available", "reserved", "reservations", "expiry", "results:0", "results:1")
 
+
+class ChangingHands(StockFrozen):
+    """It is on its way from the database to Redis or back; nobody sells it for the moment that this takes."""
+
+
 Opener = Callable[[Partition, Sequence[str]], Awaitable[None]]
 """Asks ``reads_stock`` for opening balances of these fields and enters them into the ledger."""
 
@@ -148,7 +153,7 @@ class Loader:
                 for field, row in rows.items():
                     if row.admission == "arriving":
                         merchant, sku = split_key(field)
-                        raise StockFrozen(f"sku {sku!r} of merchant {merchant!r} is on its way to Redis", retry_after=0.1)
+                        raise ChangingHands(f"sku {sku!r} of merchant {merchant!r} is on its way to Redis", retry_after=0.1)
                     if row.admission == "redis":
                         flat += (field, row.available, row.reserved)
                 if flat:

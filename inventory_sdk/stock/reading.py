@@ -108,8 +108,21 @@ async def levels(engine: Engine, partition: Partition, merchant: str, skus: Sequ
             engine.direct.note(direct, merchant, True)
             if ours := await _direct_levels(engine, fields, merchant):
                 return ours
-            raise InvalidOperation("skus", skus, "some are sold by the database and others by Redis: ask for them one by one")
+            if not engine.direct.auto:
+                raise InvalidOperation("skus", skus, "some are sold by the database and others by Redis: ask for them one by one")
+            return await _both(engine, partition, merchant, fields)
     raise UnknownStock(merchant, split_key(absent[0])[1])
+
+
+async def _both(engine: Engine, partition: Partition, merchant: str, fields: Sequence[str]) -> dict[str, StockLevel]:
+    """SKU by SKU some are here and some are there: two readings."""
+    places = await engine.ledger.places(fields)
+    answer: dict[str, StockLevel] = {}
+    for where in ("database", "redis"):
+        mine = [field for field in fields if (places.get(field, "redis") == "database") is (where == "database")]
+        engine.direct.note(mine, None, where == "database")
+        answer |= await levels(engine, partition, merchant, [split_key(field)[1] for field in mine])
+    return answer
 
 
 async def _direct_levels(engine: Engine, fields: Sequence[str], merchant: str) -> dict[str, StockLevel] | None:

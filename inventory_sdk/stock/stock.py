@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Final, Literal
 
+from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.model import Kind, Line, Position, Receipt, Reservation, StockLevel, check_text, check_ttl, key_of
 from inventory_sdk.stock import handover, reading
 from inventory_sdk.stock.acts import Acts, ttl_ms
@@ -206,32 +207,38 @@ class Stock(Acts):
 
     # Who sells it -----------------------------------------------------------------------------------------------------------
 
-    async def adopt(self, merchant: str) -> int:
+    async def adopt(self, merchant: str, *, skus: Sequence[str] | None = None) -> int:
         """From now on Redis sells this merchant's stock; how many SKUs went there (0: it did already).
+
+        ``skus``: only these, while its others, and its new ones, stay where they are.
 
         Safe to repeat, also after a process died half-way, and while others sell: they get ``StockFrozen`` for the moment that it
         takes. Raises ``StockFrozen`` while the partition is being recovered, ``InvalidOperation`` while a reservation joins this
-        stock with another merchant's that stays on the database.
+        stock with other stock that stays on the database.
         """
         home = check_text("merchant", merchant)
         engine = self._engine()
-        return await self._handed(engine, handover.adopt(engine, engine.home(home), home), f"adopt {home}")
+        fields = _fields(home, skus)
+        return await self._handed(engine, handover.adopt(engine, engine.home(home), home, fields), f"adopt {home}")
 
-    async def withdraw(self, merchant: str) -> int:
+    async def withdraw(self, merchant: str, *, skus: Sequence[str] | None = None) -> int:
         """From now on the database sells this merchant's stock, under row locks; how many SKUs went there (0: it did already).
+
+        ``skus``: only these, while its others, and its new ones, stay where they are.
 
         This drains: Redis refuses (``StockFrozen``) from the start, and the database sells once it has applied all that Redis did,
         for which a worker must run. Safe to repeat, also after a process died half-way. ``DurabilityNotReached`` when the ledger
-        does not catch up and ``InvalidOperation`` while a reservation joins this stock with another merchant's that stays in
-        Redis: Redis then sells on. ``StockFrozen`` while the partition is being recovered.
+        does not catch up and ``InvalidOperation`` while a reservation joins this stock with other stock that stays in Redis: Redis then
+        sells on. ``StockFrozen`` while the partition is being recovered.
         """
         home = check_text("merchant", merchant)
+        fields = _fields(home, skus)
         engine = self._engine()
 
         async def settled(position: Position) -> None:
             await self._reach(engine, position, "settled", "", None)
 
-        return await self._handed(engine, handover.withdraw(engine, engine.home(home), home, settled), f"withdraw {home}")
+        return await self._handed(engine, handover.withdraw(engine, engine.home(home), home, settled, fields), f"withdraw {home}")
 
     async def _handed(self, engine: Engine, work: Coroutine[Any, Any, int], name: str) -> int:
         # A caller who goes away half-way must not leave a merchant that nobody sells.
@@ -252,3 +259,11 @@ class Stock(Acts):
             await self._reach(engine, position, "settled", "", None)
 
         await reading.reopen(engine, partition, key_of(home, sku), settled)
+
+
+def _fields(merchant: str, skus: Sequence[str] | None) -> list[str] | None:
+    if skus is None:
+        return None
+    if isinstance(skus, str) or not skus:
+        raise InvalidOperation("skus", skus, "must be a list of at least one SKU, or None: all of the merchant's")
+    return [key_of(merchant, check_text("sku", sku)) for sku in skus]

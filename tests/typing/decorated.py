@@ -8,7 +8,7 @@ from typing import Any, assert_type
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from inventory_sdk import Change, Inventory, WatchedTables, record_change
-from inventory_sdk.errors import InsufficientStock
+from inventory_sdk.errors import HotspotLimited, InsufficientStock
 from inventory_sdk.model import Movement, OpeningBalance, Receipt
 from inventory_sdk.stock.decorators import StockDecorators
 from inventory_sdk.weave import injected
@@ -177,3 +177,37 @@ async def verified(inventory: Inventory, tables: WatchedTables) -> None:
     def sync(items: list[Item]) -> None: ...
 
     _ = sync
+
+
+async def when_hot(inventory: Inventory) -> None:
+    @inventory.lane("core")
+    @inventory.hotspot(threshold="200/second", limit="500/second", max_wait=0.3)
+    @inventory.reserves(run="now", operation_id="order", lines="items", sku="id", quantity=1)
+    async def place(order: str, items: list[Item], receipt: Receipt = injected()) -> int:
+        return 1
+
+    def later(limited: HotspotLimited) -> bytes:
+        return str(limited.retry_after).encode()
+
+    class Service:
+        @inventory.hotspot(threshold="1/second", limit="1/minute", keys=lambda name: [name], overflow="reject", on_reject=later)
+        async def look(self, name: str) -> bytes:
+            return b""
+
+        @inventory.hotspot(threshold="1/second", limit="1/hour", keys="name")
+        @classmethod
+        async def make(cls, name: str) -> float:
+            return 1.0
+
+    assert_type(await place("o", []), int)
+    assert_type(await Service().look("a"), bytes)
+    await place(1, [])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type([key.hot_since for key in inventory.hotspots.top(limit=5)], list[float | None])
+    assert_type(await inventory.stock.adopt("m1", skus=["a"]), int)
+
+    inventory.hotspot(threshold="1/second", limit="1/second", overflow="drop")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    inventory.hotspot(threshold="1/second")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+    @inventory.hotspot(threshold="1/second", limit="1/second", keys="name")  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    def sync(name: str) -> int:
+        return 1

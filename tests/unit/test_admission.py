@@ -67,9 +67,9 @@ async def admission(shop: Two) -> list[str]:
     return [row.admission for row in await shop.one.ledger.admission(M)]
 
 
-def test_auto_is_refused_clearly() -> None:
-    with pytest.raises(errors.InvalidOperation, match="not in this release"):
-        Inventory("memory://", admission="auto", metrics=[])
+def test_who_sells_must_be_one_that_there_is() -> None:
+    with pytest.raises(errors.InvalidOperation, match="redis, database, auto"):
+        Inventory("memory://", admission="sometimes", metrics=[])
 
 
 async def test_a_seller_who_still_believes_in_the_database_sells_in_redis(shop: Two) -> None:

@@ -62,6 +62,7 @@ OUTSIDE = {
     ),
     "aio_pika": ("sync",),
     "tenacity": ("sync", "stock"),
+    "limits": ("hotspot",),
     "prometheus_client": ("metrics", "cli", "web", "inventory"),
     "opentelemetry": ("metrics", "tracing"),
     "pytest": ("testing",),

@@ -16,6 +16,7 @@ from inventory_sdk.metrics import (
     GrayRouted,
     GrayRules,
     Happened,
+    HotspotsUsed,
     LaneUsed,
     NoMetrics,
     Published,
@@ -83,6 +84,21 @@ def test_a_lane_is_counted_by_its_reports(registry: CollectorRegistry) -> None:
     assert value("inventory_lane_deadline_exceeded_total", {"lane": "core"}) == 1
     assert value("inventory_lane_refused_total", {"lane": "core", "reason": "queue_full"}) == 6
     assert value("inventory_lane_wait_seconds_sum", {"lane": "core"}) == pytest.approx(0.032)
+
+
+def test_hot_keys_are_shown_while_they_are_the_hottest_and_their_labels_stay_few(registry: CollectorRegistry) -> None:
+    metrics = PrometheusMetrics(registry)
+    for turn in range(50):
+        top = [("m1", f"sku-{turn}-{number}", 100.0 + number) for number in range(10)]
+        metrics.record(HotspotsUsed(12, 3, 1, 40, (0.002, 0.03), {"waited": 2}, {"granted": 4, "away": 1}, top))
+    value = registry.get_sample_value
+    assert value("inventory_hotspot_rate", {"merchant": "m1", "sku": "sku-49-9"}) == 109.0
+    assert sum(sample.name == "inventory_hotspot_rate" for metric in registry.collect() for sample in metric.samples) == 10
+    assert (value("inventory_hotspot_keys"), value("inventory_hotspot_waiting"), value("inventory_hotspot_alone")) == (12, 3, 1)
+    assert value("inventory_hotspot_admitted_total") == 2000
+    assert value("inventory_hotspot_refused_total", {"reason": "waited"}) == 100
+    assert value("inventory_hotspot_leases_total", {"outcome": "away"}) == 50
+    assert value("inventory_hotspot_wait_seconds_sum") == pytest.approx(1.6)
 
 
 def test_two_inventories_in_one_process_share_the_collectors(registry: CollectorRegistry) -> None:

@@ -3,7 +3,7 @@
 -- ARGV  1 epoch  2 not_after (ms)  3 what  4 JSON list  5 JSON [field, fence, ...]: with "holds", "results", "forget": none of these sells yet
 --       mark    [field, fence, ...]                       takes and closes are refused from now on: frozen = "w<fence>[ <what stood there>]"
 --       unmark  [field, fence, ...]                       they sell on as they were
---       holds   [reservation key, record or "", due ms or 0, ...]     "": it is not here any more
+--       holds   [reservation key, record or "", due ms or 0, ...]     "": it is not here any more, unless its stock sells here
 --       results [key, record, ...]
 --       forget  [key, position, ...]                      the record of exactly this position
 --       admit   [field, fence, available, reserved, ...]  they sell from now on; what sells already under this fence is left as it is
@@ -53,10 +53,21 @@ if what == 'mark' or what == 'unmark' or what == 'admit' then
     redis.call('HSET', KEYS[5], field, int(2 * fence + mine))
   end
 elseif what == 'holds' then
+  local function sells(key)
+    local at = 0
+    for part in string.gmatch((redis.call('HGET', KEYS[6], key) or '') .. '\30', '([^\30]*)\30') do
+      at = at + 1
+      if at > 5 and at % 2 == 0 and string.sub(redis.call('HGET', KEYS[4], part) or '', 1, 1) ~= 'w' then return true end
+    end
+    return false
+  end
   for i = 1, #list, 3 do
     if list[i + 1] == '' then
-      redis.call('HDEL', KEYS[6], list[i])
-      redis.call('ZREM', KEYS[7], list[i])
+      -- One whose stock has come back meanwhile is that stock's again.
+      if not sells(list[i]) then
+        redis.call('HDEL', KEYS[6], list[i])
+        redis.call('ZREM', KEYS[7], list[i])
+      end
     else
       redis.call('HSET', KEYS[6], list[i], list[i + 1])
       redis.call('HDEL', current, list[i] .. '\31')
