@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from weakref import WeakKeyDictionary
 
 from inventory_sdk.beside import Beside
@@ -15,6 +15,10 @@ from inventory_sdk.errors import InvalidOperation, InventoryError, NotStarted
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Fanout, Metrics
 from inventory_sdk.model import Lane, Line, Position, Receipt, check_text
+from inventory_sdk.redistribute.coalesced import CoalesceAspect, Options
+from inventory_sdk.redistribute.controller import Redistribution
+from inventory_sdk.redistribute.policy import RedistributionPolicy
+from inventory_sdk.redistribute.triggers import TriggerAspect
 from inventory_sdk.running import LEDGER_TIMEOUT, Running
 from inventory_sdk.selectors import Selector
 from inventory_sdk.servers import servers_for
@@ -27,7 +31,7 @@ from inventory_sdk.stock.stock import Durability, Stock
 from inventory_sdk.sync.worker import Worker
 from inventory_sdk.traffic.aspect import LaneAspect
 from inventory_sdk.traffic.lanes import Lanes
-from inventory_sdk.weave import weave
+from inventory_sdk.weave import site_of, weave
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis, RedisCluster
@@ -46,9 +50,10 @@ class Inventory(StockDecorators):
     kept in the ledger and must be the same in every process. ``admission``: who sells the stock of merchants that are new to the
     ledger, ``"redis"`` or, under row locks, ``"database"``; ``stock.adopt`` and ``stock.withdraw`` change it. ``durability``:
     for calls that name none; None: ``"queue"`` where one is configured, else ``"redis"``. ``replicas``: how many copies
-    ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus'
-    default registry. ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with
-    ``JournalFull`` until the worker has caught up.
+    ``"replica"`` waits for. ``lanes`` by name; None: ``core`` and ``batch`` as a first guess. ``redistribution``: what coalesced
+    functions may use, and what is slowed when the CPU runs short. ``metrics``: sinks; None: Prometheus' default registry.
+    ``journal_cap``: entries of a partition's journal, each a batch of operations, at which takes are refused with ``JournalFull`` until
+    the worker has caught up.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -66,6 +71,7 @@ class Inventory(StockDecorators):
         durability: Durability | None = None,
         replicas: int = 1,
         lanes: Mapping[str, Lane] | None = None,
+        redistribution: RedistributionPolicy | None = None,
         metrics: Sequence[Metrics] | None = None,
         table_prefix: str = "inventory_",
         redis_timeout: float = 2.0,
@@ -106,7 +112,10 @@ class Inventory(StockDecorators):
         self._merchant = merchant
         self._durability: str | None = durability
         self._ledger_part = self._servers.make_ledger(table_prefix, admission)
-        self._beside: list[Beside] = []
+        for name in redistribution.slows if redistribution is not None else ():
+            self.lanes.declared(name)
+        self.redistribution = Redistribution(redistribution, self.lanes)
+        self._beside: list[Beside] = [self.redistribution]
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -255,6 +264,56 @@ class Inventory(StockDecorators):
 
         def decorate(function: Any) -> Any:
             return weave(function, aspect)
+
+        return decorate
+
+    def coalesce(
+        self,
+        *,
+        key: Selector,
+        debounce: float = 0.2,
+        max_wait: float = 2.0,
+        executor: Literal["loop", "process"] = "loop",
+        timeout: float = 60.0,
+        cpu_budget: float | None = None,
+        key_cpu_budget: float | None = None,
+        name: str | None = None,
+    ) -> Now:
+        """Calls with the same ``key`` become one run: at most one is running and one waiting per key, in all processes together.
+
+        A run begins ``debounce`` seconds after the last call, and no later than ``max_wait`` after the first one that waits, with the
+        arguments of the last one. The caller gets the result of a run that started after its call, or ``RecalculationFailed``; if it
+        is cancelled the run goes on. ``executor``: in the event loop, or in a process, which is killed after ``timeout`` seconds
+        (``RecalculationCutOff``). ``cpu_budget``: share of this process' CPUs for all of its runs on the average, ``key_cpu_budget``
+        for those of one key. ``name`` is what it is called in Redis; None: its module and name.
+
+        For functions and staticmethods with annotations that JSON can hold: another process may run them.
+        """
+        options = Options(key, debounce, max_wait, executor, timeout, cpu_budget, key_cpu_budget, name)
+
+        def decorate(function: Any) -> Any:
+            aspect = CoalesceAspect(self.redistribution, options)
+            woven = weave(function, aspect)
+            assert aspect.function is not None
+            self.redistribution.add(aspect.function)
+            return woven
+
+        return decorate
+
+    def trigger(self, name: str, *, runs: Callable[..., Awaitable[Any]], key: Selector | None = None) -> Now:
+        """Whenever the function has returned, a run of ``runs`` is asked for, which ``@inventory.coalesce`` decorates. The caller does
+        not wait for the run. ``redistribution.triggers()`` tells what it costs under this ``name``.
+
+        The run's arguments are the function's parameters of the same names; ``key`` is a selector for the one that is the run's key.
+        """
+        aspect = TriggerAspect(self.redistribution, name, runs, key)
+
+        def decorate(function: Any) -> Any:
+            woven = weave(function, aspect)
+            site = site_of(woven)
+            assert site is not None
+            self.redistribution.add_trigger(name, aspect.runs, site.label)
+            return woven
 
         return decorate
 

@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
-from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, LaneUsed, Metrics, Published, Retried
+from inventory_sdk.metrics.events import (
+    Applied,
+    BatchSent,
+    Event,
+    Governed,
+    Happened,
+    LaneUsed,
+    Metrics,
+    Published,
+    Recalculated,
+    Retried,
+    Triggered,
+)
 from inventory_sdk.metrics.fanout import Fanout
 from inventory_sdk.metrics.nothing import NoMetrics
 
-__all__ = ["Applied", "BatchSent", "Event", "Fanout", "Happened", "LaneUsed", "Metrics", "NoMetrics", "Published", "Retried"]
+__all__ = [
+    "Applied",
+    "BatchSent",
+    "Event",
+    "Fanout",
+    "Governed",
+    "Happened",
+    "LaneUsed",
+    "Metrics",
+    "NoMetrics",
+    "Published",
+    "Recalculated",
+    "Retried",
+    "Triggered",
+]

@@ -12,7 +12,18 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from inventory_sdk.metrics.events import Applied, BatchSent, Event, Happened, LaneUsed, Published, Retried
+from inventory_sdk.metrics.events import (
+    Applied,
+    BatchSent,
+    Event,
+    Governed,
+    Happened,
+    LaneUsed,
+    Published,
+    Recalculated,
+    Retried,
+    Triggered,
+)
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LAG_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
@@ -46,6 +57,15 @@ class _Collectors(NamedTuple):
     lane_overdue: Counter
     lane_refused: Counter
     lane_wait_seconds: Histogram
+    trigger_calls: Counter
+    recalculations: Counter
+    recalculation_calls: Counter
+    recalculation_cpu: Counter
+    recalculation_seconds: Histogram
+    recalculation_wait: Histogram
+    cpu_in_use: Gauge
+    loop_lag: Gauge
+    governor_share: Gauge
 
 
 _made: WeakKeyDictionary[CollectorRegistry, _Collectors] = WeakKeyDictionary()
@@ -97,6 +117,15 @@ def _make(registry: CollectorRegistry) -> _Collectors:
         lane_overdue=counter("lane_deadline_exceeded", "Calls that were ended by their deadline.", ["lane"]),
         lane_refused=counter("lane_refused", "Calls that a lane refused at its door.", ["lane", "reason"]),
         lane_wait_seconds=histogram("lane_wait_seconds", "Time that calls waited in line for a lane.", ["lane"], SECONDS),
+        trigger_calls=counter("trigger_calls", "Calls that asked for a recalculation.", ["function", "trigger"]),
+        recalculations=counter("recalculations", "Runs of a coalesced function.", ["function", "outcome"]),
+        recalculation_calls=counter("recalculation_calls", "Requests that runs answered.", ["function"]),
+        recalculation_cpu=counter("recalculation_cpu_seconds", "CPU time of runs.", ["function"]),
+        recalculation_seconds=histogram("recalculation_seconds", "Duration of a run.", ["function"], LAG_SECONDS),
+        recalculation_wait=histogram("recalculation_wait_seconds", "From the first request to its run.", ["function"], LAG_SECONDS),
+        cpu_in_use=gauge("cpu_in_use_ratio", "Share of the CPU in use, as the governor sees it.", []),
+        loop_lag=gauge("loop_lag_seconds", "Lateness of the event loop, smoothed.", []),
+        governor_share=gauge("governor_share_ratio", "What the governor lets redistribution or a lane use of its own.", ["what"]),
     )
 
 
@@ -133,8 +162,12 @@ class PrometheusMetrics:
             retries.inc()
         elif isinstance(event, LaneUsed):
             self._lane(event)
-        else:
+        elif isinstance(event, Happened):
             self._happened(event)
+        elif isinstance(event, Triggered | Recalculated):
+            self._redistributed(event)
+        elif isinstance(event, Governed):
+            self._governed(event)
 
     def _batch(self, event: BatchSent) -> None:
         lane = self._batches.get(event.lane)
@@ -223,6 +256,25 @@ class PrometheusMetrics:
             children.wait_seconds.observe(seconds)
         for reason, count in event.refused.items():
             self._all.lane_refused.labels(event.lane, reason).inc(count)
+
+    def _redistributed(self, event: Triggered | Recalculated) -> None:
+        made, function = self._all, event.function
+        if isinstance(event, Triggered):
+            for trigger, calls in event.calls.items():
+                made.trigger_calls.labels(function, trigger).inc(calls)
+            return
+        made.recalculations.labels(function, event.outcome).inc()
+        made.recalculation_cpu.labels(function).inc(event.cpu_seconds)
+        made.recalculation_seconds.labels(function).observe(event.seconds)
+        if event.outcome in ("done", "failed", "cut_off"):
+            made.recalculation_calls.labels(function).inc(event.calls)
+            made.recalculation_wait.labels(function).observe(event.waited_seconds)
+
+    def _governed(self, event: Governed) -> None:
+        self._all.cpu_in_use.set(event.cpu)
+        self._all.loop_lag.set(event.lag_seconds)
+        for what, share in event.shares.items():
+            self._all.governor_share.labels(what).set(share)
 
     def _happened(self, event: Happened) -> None:
         labels = event.labels

@@ -53,6 +53,8 @@ EVENTS: Mapping[str, str] = {
     "dead_letter": "a run='later' function failed for good",
     "task_died": "a background task ended with an error",
     "writes_stock_failed": "a writes_stock function refused a movement",
+    "recalculation_failed": "a run of a coalesced function raised",
+    "recalculation_cut_off": "a run of a coalesced function did not end within its timeout",
     "hot": "a SKU became hot",
     "cool": "a SKU is no longer hot",
 }

@@ -45,6 +45,7 @@ PART_OF = {
 DOORS = {
     ("cli", "testing"),  # doctor --drill breaks things with the faults that users' tests have
     ("stock", "ledger.protocol"),  # loading reads the truth, through its protocol only
+    ("redistribute", "stock.later"),  # a run's arguments travel as those of run="later" do: one codec
     ("model", "errors"),
     ("errors", "model"),  # for annotations only
 }
