@@ -61,8 +61,8 @@ class Redistribution:
     def triggers(self) -> list[TriggerCount]:
         """What each trigger did, in all processes, the dearest first: as it was read at most a few seconds ago, and zeros before
         the first time. ``counted`` reads now."""
-        stack = self._here.get(asyncio.get_running_loop())
-        found = dict.fromkeys(self._triggers, Counts()) | (stack[-1].counts if stack else {})
+        started = self._started()
+        found = dict.fromkeys(self._triggers, Counts()) | (started.counts if started is not None else {})
         listed = [
             TriggerCount(name, function, self._place(name, function), counts.calls, counts.runs, counts.cpu_us / 1e6)
             for (name, function), counts in found.items()
@@ -137,10 +137,17 @@ class Redistribution:
         return ()
 
     def _now(self) -> Here:
-        stack = self._here.get(asyncio.get_running_loop())
-        if not stack:
+        started = self._started()
+        if started is None:
             raise NotStarted
-        return stack[-1]
+        return started
+
+    def _started(self) -> Here | None:
+        try:
+            stack = self._here.get(asyncio.get_running_loop())
+        except RuntimeError:  # no event loop: nothing was started in it
+            return None
+        return stack[-1] if stack else None
 
     def _place(self, name: str, function: str) -> str:
         if name == DIRECT:
