@@ -16,6 +16,7 @@ from inventory_sdk.metrics import Metrics
 from inventory_sdk.metrics.events import Retried, Triggered
 from inventory_sdk.redistribute.board import Board, Request
 from inventory_sdk.redistribute.coalesced import Coalesced
+from inventory_sdk.redistribute.ending import end
 from inventory_sdk.redistribute.outcome import Outcome
 
 GATHER: Final = 0.005
@@ -78,8 +79,7 @@ class Requests:
         sender = self._sender
         if sender is not None:
             await asyncio.wait({sender}, timeout=FLUSH)
-            sender.cancel()
-            await asyncio.wait({sender})
+            await end([sender])
         left, self._pending = self._pending, {}
         for pending in left.values():
             for asked in pending.asked:

@@ -15,6 +15,7 @@ from inventory_sdk.redistribute.board import Board, Counts
 from inventory_sdk.redistribute.budget import Budget
 from inventory_sdk.redistribute.coalesced import DIRECT, Coalesced, here
 from inventory_sdk.redistribute.cpu import CpuWatch
+from inventory_sdk.redistribute.ending import end
 from inventory_sdk.redistribute.governor import Governor, Slowable
 from inventory_sdk.redistribute.policy import RedistributionPolicy
 from inventory_sdk.redistribute.runner import Desk, Runner
@@ -202,10 +203,7 @@ class Here:
 
     async def close(self) -> None:
         """End all of it."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end(self._tasks)
         await self._runner.close()
         failures = []
         for desk in self.desks.values():

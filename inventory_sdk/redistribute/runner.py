@@ -19,6 +19,7 @@ from inventory_sdk.redistribute.asking import FAULTS, Requests, Waiting
 from inventory_sdk.redistribute.board import Board, Claim
 from inventory_sdk.redistribute.budget import Budget
 from inventory_sdk.redistribute.coalesced import Coalesced
+from inventory_sdk.redistribute.ending import end
 from inventory_sdk.redistribute.governor import Governor
 from inventory_sdk.redistribute.outcome import Outcome
 from inventory_sdk.redistribute.policy import RedistributionPolicy
@@ -96,11 +97,8 @@ class Runner:
     async def close(self) -> None:
         """Give back what is running, for others to run at once."""
         self._closing = True
-        tasks = [*self._loops, *self._running]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await end(self._loops)  # first, so that nothing new begins
+        await end(self._running)
         await self._pool.close()
 
     def _watched(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

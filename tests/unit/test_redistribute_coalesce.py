@@ -300,6 +300,28 @@ async def test_closing_gives_back_what_runs_and_the_next_one_runs_it() -> None:
     assert other.story == [("a", 1)]
 
 
+async def test_closing_ends_a_task_that_lost_its_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inventory_sdk.redistribute.ending.AGAIN", 0.01)
+    inventory = inventory_of()
+    held(inventory, Runs())
+    lost = asyncio.Event()
+
+    async def counted() -> dict[str, Any]:
+        with contextlib.suppress(asyncio.CancelledError):
+            if not lost.is_set():
+                lost.set()
+                await asyncio.Event().wait()
+        return {}
+
+    async with inventory:
+        now = inventory.redistribution._now()
+        monkeypatch.setattr(next(iter(now.desks.values())).board, "counted", counted)
+        task = asyncio.create_task(now._refresh())
+        now._tasks.append(task)
+        await asyncio.wait_for(lost.wait(), 10)
+    assert task.cancelled()
+
+
 async def test_a_request_is_tried_until_redis_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded()
     inventory, runs = inventory_of(metrics=[recorded]), Runs()
