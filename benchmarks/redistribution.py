@@ -31,7 +31,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks.load import finish
 from benchmarks.options import DATABASE, REDIS
-from inventory_sdk import Line
+from inventory_sdk import LaneFull, Line
 
 BUYERS: Final = 8
 PAUSE: Final = 0.005
@@ -51,6 +51,7 @@ class Seen:
 
     fired: list[tuple[float, str]] = field(default_factory=list)
     core: list[float] = field(default_factory=list)
+    refused: int = 0
     share: float = 1.0
     cpu_seconds: float = 0.0
     seconds: float = 0.0
@@ -137,9 +138,13 @@ class Bench:
 
     async def _buyer(self, number: int, deadline: float, seen: Seen) -> None:
         while (began := time.monotonic()) < deadline:
-            await self.shop.buy(f"shelf-{number}", f"o{next(self._orders)}")
-            self.sold += 1
-            seen.core.append(time.monotonic() - began)
+            try:
+                await self.shop.buy(f"shelf-{number}", f"o{next(self._orders)}")
+            except LaneFull:
+                seen.refused += 1
+            else:
+                self.sold += 1
+                seen.core.append(time.monotonic() - began)
             await asyncio.sleep(PAUSE)
 
     async def _watch(self, deadline: float, seen: Seen) -> None:
@@ -170,6 +175,7 @@ class Bench:
         ages, lost = staleness(seen.fired, runs, time.monotonic())
         found: dict[str, float] = {
             "core_calls": len(seen.core),
+            "core_refused": seen.refused,
             "core_p50_ms": round(percentile(seen.core, 0.5) * 1000, 3),
             "core_p99_ms": round(percentile(seen.core, 0.99) * 1000, 3),
             "cpu_share": round(seen.cpu_seconds / seen.seconds / (os.cpu_count() or 1), 3),

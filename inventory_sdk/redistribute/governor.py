@@ -4,9 +4,9 @@ Redistribution is the first that is slowed, then each lane in the order its owne
 the floor. Recovery goes the other way round and more gently than the way down, with a gap between the two thresholds, so that the
 governor does not swing.
 
-CPU alone never turns a call away. A lane keeps the slots that its work needs: the most calls per second of the last half minute,
-times the shortest average that they took in it (Little's law). Only what is in flight beyond that is work that waits for CPU, and
-would wait as well if it were let in.
+CPU alone never turns a call away. A lane keeps the slots that its work needs: as many as were ever in use at once in the last half
+minute in which there was CPU enough, and twice the calls per second times what they take at best (Little's law). Only what is in
+flight beyond that is work that waits for CPU, and would wait as well if it were let in.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ UP: Final = 0.05
 """What recovers has so much more after a tick."""
 GAP: Final = 0.1
 """CPU share below the threshold at which recovery begins; the lag must be half of its threshold."""
+ROOM: Final = 2.0
+"""Slots per call that is in flight on the average: calls don't come evenly."""
 WINDOW: Final = 120
 """Ticks that a lane's needs are remembered."""
 REPORT: Final = 4
@@ -41,12 +43,15 @@ REPORT: Final = 4
 
 
 class Load(Protocol):
-    """A lane as it is now: ``ended`` calls since the beginning, ``service_seconds`` they take on the average."""
+    """A lane as it is now: ``peak`` slots in use at once since the last look, ``ended`` calls since the beginning,
+    ``service_seconds`` they take on the average."""
 
     @property
     def running(self) -> int: ...
     @property
     def waiting(self) -> int: ...
+    @property
+    def peak(self) -> int: ...
     @property
     def ended(self) -> int: ...
     @property
@@ -90,17 +95,22 @@ class Needs:
     """What a lane's work needs: see above."""
 
     def __init__(self) -> None:
-        self._looks: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._calm: deque[int] = deque(maxlen=WINDOW)
+        self._flow: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._ended: int | None = None
 
-    def slots(self, load: Load, seconds: float) -> int:
-        """After a look at it, ``seconds`` after the last one."""
+    def slots(self, load: Load, seconds: float, calm: bool) -> int:
+        """After a look at it, ``seconds`` after the last one. ``calm``: there is CPU enough."""
         if self._ended is not None and load.service_seconds > 0 and seconds > 0:
-            self._looks.append(((load.ended - self._ended) / seconds, load.service_seconds))
+            self._flow.append(((load.ended - self._ended) / seconds, load.service_seconds))
         self._ended = load.ended
-        if not self._looks:
-            return load.running + load.waiting
-        return math.ceil(max(rate for rate, _ in self._looks) * min(service for _, service in self._looks))
+        if calm:
+            self._calm.append(load.peak)
+        if not self._calm:
+            return load.running + load.waiting  # it is not known what it needs
+        if not self._flow:
+            return max(self._calm)
+        return max(*self._calm, math.ceil(ROOM * max(rate for rate, _ in self._flow) * min(service for _, service in self._flow)))
 
 
 class Governor:
@@ -150,12 +160,13 @@ class Governor:
         if cpu is not None:
             self._cpu += (cpu - self._cpu) * WEIGHT
         self._lag += (max(0.0, late) - self._lag) * WEIGHT
-        if self._cpu > self._policy.cpu or self._lag > self._policy.lag:
+        short = self._cpu > self._policy.cpu or self._lag > self._policy.lag
+        if short:
             self._slow()
         elif self._cpu < self._policy.cpu - min(GAP, self._policy.cpu / 2) and self._lag < self._policy.lag / 2:
             self._recover()
         for name in self._policy.slows:
-            self._narrow(name, passed)
+            self._narrow(name, passed, calm=not short)
         self._ticks += 1
         if self._ticks % REPORT == 0:
             self._metrics.record(Governed(self._cpu, self._lag, dict(self._shares)))
@@ -174,8 +185,8 @@ class Governor:
                 self._shares[name] = min(1.0, share + UP)
                 return
 
-    def _narrow(self, name: str, passed: float) -> None:
+    def _narrow(self, name: str, passed: float, calm: bool) -> None:
         load = self._lanes.load(name)
-        needed = self._needs[name].slots(load, passed)
+        needed = self._needs[name].slots(load, passed, calm)
         allowed = math.ceil(self._shares[name] * load.declared)
         self._lanes.narrow(name, min(load.declared, max(1, needed, allowed)))

@@ -73,7 +73,7 @@ class Pass(Timed):
 
 class Gate:
     """See above. ``used`` counts this lane's slots in use, ``lent`` those of them that calls of other lanes use, ``ended`` its calls
-    that have given back theirs."""
+    that have given back theirs, ``peak`` the most slots that were in use at once since somebody looked."""
 
     def __init__(self, name: str, lane: Lane, metrics: Metrics) -> None:
         self.name = name
@@ -85,6 +85,7 @@ class Gate:
         self.borrowers: list[Gate] = []
         self.overdue = 0
         self.ended = 0
+        self.peak = 0
         self._most = lane.max_concurrency
         self._timeout = lane.timeout
         self._progress = 0.0
@@ -225,6 +226,8 @@ class Gate:
     def _free_slot(self, now: float) -> Gate | None:
         if self.used < self._most:
             self.used += 1
+            if self.used > self.peak:
+                self.peak = self.used
             if self.used == self._most:
                 self._progress = now
             return self

@@ -37,11 +37,12 @@ class LaneUsage:
 
 @dataclass(frozen=True, slots=True)
 class LaneLoad:
-    """What a governor looks at: slots in use, calls in line, calls that have ended since the beginning, what they take on the average,
-    and the slots that the lane was declared with."""
+    """What a governor looks at: slots in use, calls in line, the most slots in use at once since the last look, calls that have ended
+    since the beginning, what they take on the average, and the slots that the lane was declared with."""
 
     running: int
     waiting: int
+    peak: int
     ended: int
     service_seconds: float
     declared: int
@@ -98,9 +99,10 @@ class Lanes(Mapping[str, Lane]):
         return gates[name]
 
     def load(self, name: str) -> LaneLoad:
-        """How much a lane has to do, in this event loop."""
+        """How much a lane has to do, in this event loop. For one who looks regularly."""
         gate = self.gate(name)
-        return LaneLoad(gate.used, gate.waiting, gate.ended, gate.service, gate.lane.max_concurrency)
+        peak, gate.peak = max(gate.peak, gate.used), gate.used
+        return LaneLoad(gate.used, gate.waiting, peak, gate.ended, gate.service, gate.lane.max_concurrency)
 
     def narrow(self, name: str, slots: int) -> None:
         """Give a lane fewer slots in this event loop than it was declared with, at least 1; or give them back. Nobody who is in, or in

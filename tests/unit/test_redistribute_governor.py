@@ -31,6 +31,7 @@ class Watch:
 class Load:
     running: int = 0
     waiting: int = 0
+    peak: int = 0
     ended: int = 0
     service_seconds: float = 0.0
     declared: int = 100
@@ -134,21 +135,23 @@ def test_a_lane_that_is_not_named_is_never_slowed() -> None:
 
 def test_cpu_alone_never_takes_the_slots_that_a_lanes_work_needs() -> None:
     governor, watch, lanes = governed()
-    watch.now = 1.0  # a neighbour's: our own work is 600 calls a second of 0.1 s, so 60 at once
     core = lanes.loads["core"]
+
+    def call(rate: float, seconds: float, peak: int) -> None:
+        core.ended += round(rate * 0.25)
+        core.service_seconds, core.peak, core.running = seconds, peak, peak
+        governor.tick(0.25, 0.0)
+
+    for _ in range(20):
+        call(400, 0.01, 30)
+    watch.now = 1.0  # a neighbour's
     for _ in range(100):
-        core.ended += 150
-        core.service_seconds = 0.1
-        core.running = 60
-        governor.tick(0.25, 0.0)
+        call(400, 0.02, 60)  # the same work, slower: what is in flight beyond 30 waits for CPU
     assert governor.state().shares["core"] == 0.2
-    assert lanes.slots["core"] == 60  # and not 20
-    for _ in range(20):  # calls pile up and take longer, without more of them ending: that is waiting for CPU, and not work
-        core.ended += 150
-        core.service_seconds = 0.16
-        core.running = 96
-        governor.tick(0.25, 0.0)
-    assert lanes.slots["core"] == 60
+    assert lanes.slots["core"] == 30  # and not 20
+    for _ in range(10):
+        call(2400, 0.02, 60)  # more calls than ever: 2400 a second of 0.01 s at best, with room for as many again
+    assert lanes.slots["core"] == 48
 
 
 def test_a_lane_with_nothing_known_of_it_keeps_what_is_in_flight() -> None:
@@ -169,6 +172,7 @@ def test_never_below_the_floor_or_one_slot() -> None:
 
 async def test_what_was_slowed_is_given_back_at_the_end() -> None:
     governor, watch, lanes = governed()
+    ticks(governor, 1)
     watch.now = 1.0
     ticks(governor, 100)
     assert lanes.slots["core"] == 20
