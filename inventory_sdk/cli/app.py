@@ -11,10 +11,11 @@ from inventory_sdk.cli.admission import admission
 from inventory_sdk.cli.demo_command import demo
 from inventory_sdk.cli.doctor import doctor
 from inventory_sdk.cli.schema import schema
+from inventory_sdk.cli.triggers import triggers
 from inventory_sdk.cli.worker import worker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (demo, worker, schema, doctor, admission):
+for command in (demo, worker, schema, doctor, admission, triggers):
     app.command()(command)
 
 

@@ -165,8 +165,10 @@ class Governor:
             self._slow()
         elif self._cpu < self._policy.cpu - min(GAP, self._policy.cpu / 2) and self._lag < self._policy.lag / 2:
             self._recover()
+        # The averages are late to notice: what was in use in this very look must not count as calm then.
+        calm = not short and (cpu or 0.0) <= self._policy.cpu and late <= self._policy.lag
         for name in self._policy.slows:
-            self._narrow(name, passed, calm=not short)
+            self._narrow(name, passed, calm)
         self._ticks += 1
         if self._ticks % REPORT == 0:
             self._metrics.record(Governed(self._cpu, self._lag, dict(self._shares)))

@@ -17,7 +17,9 @@ NAMES = {
     "Line",
     "Movement",
     "OpeningBalance",
+    "Recalculation",
     "Receipt",
+    "RedistributionPolicy",
     "Reservation",
     "StockLevel",
     "injected",
@@ -39,7 +41,7 @@ STOCK = {
     "status": {"operation_id", "merchant"},
 }
 DECORATORS = ("reserves", "deducts", "confirms", "releases", "restocks", "takes_back", "adjusts")
-HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane")
+HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "trigger", "coalesce")
 
 
 def parameters(function: Any) -> set[str]:
