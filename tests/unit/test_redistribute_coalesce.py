@@ -190,10 +190,9 @@ async def test_a_run_inherits_neither_deadline_nor_lane_nor_merchant_of_who_aske
     async def look(shop: str) -> None:
         seen.append((context.lane.get(), context.remaining(), context.merchant.get()))
 
-    async with inventory:
-        context.merchant.set("somebody")
-        async with inventory.lanes.enter("core"):
-            await look("a")
+    context.merchant.set("somebody")  # before the start as well: the runner's tasks come from there
+    async with inventory.lanes.enter("core"), inventory:
+        await look("a")
     assert seen == [("redistribution", None, None)]
 
 
