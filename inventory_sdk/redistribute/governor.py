@@ -47,10 +47,6 @@ class Load(Protocol):
     ``service_seconds`` they take on the average."""
 
     @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
     def peak(self) -> int: ...
     @property
     def ended(self) -> int: ...
@@ -107,7 +103,7 @@ class Needs:
         if calm:
             self._calm.append(load.peak)
         if not self._calm:
-            return load.running + load.waiting  # it is not known what it needs
+            return load.declared  # it is not known what it needs, so nothing is taken from it
         if not self._flow:
             return max(self._calm)
         return max(*self._calm, math.ceil(ROOM * max(rate for rate, _ in self._flow) * min(service for _, service in self._flow)))

@@ -37,11 +37,9 @@ class LaneUsage:
 
 @dataclass(frozen=True, slots=True)
 class LaneLoad:
-    """What a governor looks at: slots in use, calls in line, the most slots in use at once since the last look, calls that have ended
-    since the beginning, what they take on the average, and the slots that the lane was declared with."""
+    """What a governor looks at: the most slots in use at once since the last look, calls that have ended since the beginning, what they
+    take on the average, and the slots that the lane was declared with."""
 
-    running: int
-    waiting: int
     peak: int
     ended: int
     service_seconds: float
@@ -102,7 +100,7 @@ class Lanes(Mapping[str, Lane]):
         """How much a lane has to do, in this event loop. For one who looks regularly."""
         gate = self.gate(name)
         peak, gate.peak = max(gate.peak, gate.used), gate.used
-        return LaneLoad(gate.used, gate.waiting, peak, gate.ended, gate.service, gate.lane.max_concurrency)
+        return LaneLoad(peak, gate.ended, gate.service, gate.lane.max_concurrency)
 
     def narrow(self, name: str, slots: int) -> None:
         """Give a lane fewer slots in this event loop than it was declared with, at least 1; or give them back. Nobody who is in, or in

@@ -50,7 +50,7 @@ async def test_a_lane_is_never_narrowed_to_nothing() -> None:
     lanes = lanes_of(core=Lane(max_concurrency=2, **PATIENT))
     lanes.narrow("core", 0)
     async with lanes.enter("core"):
-        assert lanes.load("core").running == 1
+        assert lanes.load("core").peak == 1
     assert lanes.load("core").ended == 1
 
 

@@ -29,8 +29,6 @@ class Watch:
 
 @dataclass
 class Load:
-    running: int = 0
-    waiting: int = 0
     peak: int = 0
     ended: int = 0
     service_seconds: float = 0.0
@@ -139,7 +137,7 @@ def test_cpu_alone_never_takes_the_slots_that_a_lanes_work_needs() -> None:
 
     def call(rate: float, seconds: float, peak: int) -> None:
         core.ended += round(rate * 0.25)
-        core.service_seconds, core.peak, core.running = seconds, peak, peak
+        core.service_seconds, core.peak = seconds, peak
         governor.tick(0.25, 0.0)
 
     for _ in range(20):
@@ -154,17 +152,18 @@ def test_cpu_alone_never_takes_the_slots_that_a_lanes_work_needs() -> None:
     assert lanes.slots["core"] == 48
 
 
-def test_a_lane_with_nothing_known_of_it_keeps_what_is_in_flight() -> None:
+def test_from_a_lane_whose_needs_are_not_known_nothing_is_taken() -> None:
     governor, watch, lanes = governed()
-    lanes.loads["core"].running, lanes.loads["core"].waiting = 70, 5
-    watch.now = 1.0
+    watch.now = 1.0  # since before the first look
     ticks(governor, 100)
-    assert lanes.slots["core"] == 75
+    assert governor.state().shares["core"] == 0.2
+    assert lanes.slots["core"] == 100
 
 
 def test_never_below_the_floor_or_one_slot() -> None:
     governor, watch, lanes = governed(policy=RedistributionPolicy(slows=("core",), floor=0.05))
     lanes.loads["core"].declared = 4
+    ticks(governor, 1)
     watch.now = 1.0
     ticks(governor, 200)
     assert lanes.slots["core"] == 1
