@@ -259,7 +259,8 @@ async def loads(bench: Bench, result: dict[str, Any], wrong: list[str]) -> None:
         list(pool.map(shop.calculate, ["warm"] * 4))
         loop = asyncio.get_running_loop()
         await put("each_trigger", lambda _, name: loop.run_in_executor(pool, shop.calculate, name) and None, drain=False)
-        pool.shutdown(wait=False, cancel_futures=True)
+        # What it has not begun is dropped; its processes must be gone before the next load.
+        await asyncio.to_thread(pool.shutdown, wait=True, cancel_futures=True)
     await asyncio.sleep(1.0)
     async with neighbour():
         await put("neighbour", ours)
