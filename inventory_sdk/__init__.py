@@ -15,6 +15,8 @@ from inventory_sdk.errors import (
     OutcomeUnknown,
     Overloaded,
     QuantityMismatch,
+    RecalculationCutOff,
+    RecalculationFailed,
     ReservationClosed,
     ReservationExpired,
     ReservationNotFound,
@@ -23,6 +25,8 @@ from inventory_sdk.errors import (
 )
 from inventory_sdk.inventory import Inventory
 from inventory_sdk.model import Detection, Lane, Line, Movement, OpeningBalance, Receipt, Reservation, StockLevel
+from inventory_sdk.redistribute.coalesced import Recalculation
+from inventory_sdk.redistribute.policy import RedistributionPolicy
 from inventory_sdk.verify.changes import Change, record_change
 from inventory_sdk.verify.tables import WatchedTables
 from inventory_sdk.weave import injected
@@ -53,7 +57,11 @@ __all__ = [
     "OutcomeUnknown",
     "Overloaded",
     "QuantityMismatch",
+    "Recalculation",
+    "RecalculationCutOff",
+    "RecalculationFailed",
     "Receipt",
+    "RedistributionPolicy",
     "Reservation",
     "ReservationClosed",
     "ReservationExpired",

@@ -17,6 +17,8 @@
     │       └── StockFrozen
     ├── LaneNotServed                            this process does not serve that lane; nothing moved
     ├── DeadlineExceeded                         the time given to the call ran out
+    ├── RecalculationFailed                      the run that a caller waited for raised
+    │   └── RecalculationCutOff                  it did not end within its timeout
     ├── DurabilityNotReached                     it stands, but not as safely as asked
     └── NotStarted                               use before ``start()`` / ``async with``
 
@@ -170,6 +172,21 @@ class LaneNotServed(InventoryError):
 class DeadlineExceeded(InventoryError):
     """The time that the caller, or its lane, gave to this call ran out. What it had sent under an id of its own may stand: ask
     ``status()``, or repeat it with the same id."""
+
+
+class RecalculationFailed(InventoryError):
+    """A run of a coalesced function failed. ``kind`` is the type of its error; ``__cause__`` is it where it ran in this process."""
+
+    def __init__(self, function: str, key: str, kind: str, why: str) -> None:
+        super().__init__(f"{function}, key={key!r}: {kind}: {why}" if why else f"{function}, key={key!r}: {kind}")
+        self.function = function
+        self.key = key
+        self.kind = kind
+        self.why = why
+
+
+class RecalculationCutOff(RecalculationFailed):
+    """A run of a coalesced function did not end within its ``timeout``; it was cancelled, or its process killed."""
 
 
 class DurabilityNotReached(InventoryError):

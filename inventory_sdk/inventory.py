@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -23,6 +23,10 @@ from inventory_sdk.metrics import Fanout, Metrics
 from inventory_sdk.model import Detection, Lane, Line, Position, Receipt, check_text
 from inventory_sdk.reconcile.model import Reconcile
 from inventory_sdk.reconcile.reconciler import Reconciler
+from inventory_sdk.redistribute.coalesced import CoalesceAspect, Options
+from inventory_sdk.redistribute.controller import Redistribution
+from inventory_sdk.redistribute.policy import RedistributionPolicy
+from inventory_sdk.redistribute.triggers import TriggerAspect
 from inventory_sdk.running import LEDGER_TIMEOUT, Running
 from inventory_sdk.selectors import Selector
 from inventory_sdk.servers import servers_for
@@ -36,7 +40,7 @@ from inventory_sdk.sync.worker import Worker
 from inventory_sdk.traffic.aspect import LaneAspect
 from inventory_sdk.traffic.lanes import Lanes
 from inventory_sdk.verify.aspect import Asked, Changes, Mode, VerifyAspect
-from inventory_sdk.weave import weave
+from inventory_sdk.weave import site_of, weave
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis, RedisCluster
@@ -56,10 +60,11 @@ class Inventory(StockDecorators):
     ledger, ``"redis"`` or, under row locks, ``"database"``; ``stock.adopt`` and ``stock.withdraw`` change it; ``"auto"``: each SKU by the
     database until it is hot, then by Redis until it is cool, as ``detection`` says. ``durability``: for calls that name none; None:
     ``"queue"`` where one is configured, else ``"redis"``. ``replicas``: how many copies ``"replica"`` waits for. ``lanes`` by name;
-    None: ``core`` and ``batch`` as a first guess. ``metrics``: sinks; None: Prometheus' default registry. ``journal_cap``: entries of a
-    partition's journal, each a batch of operations, at which takes are refused with ``JournalFull`` until the worker has caught up.
-    ``gray_snapshot``: a file in which the last rules of the gray links are kept, for a start without Redis. ``reconcile``: when Redis,
-    ledger and the service's tables are compared, where what is found is told, and how much may be corrected.
+    None: ``core`` and ``batch`` as a first guess. ``redistribution``: what coalesced functions may use, and what is slowed when the CPU
+    runs short. ``metrics``: sinks; None: Prometheus' default registry. ``journal_cap``: entries of a partition's journal, each a batch
+    of operations, at which takes are refused with ``JournalFull`` until the worker has caught up. ``gray_snapshot``: a file in which the
+    last rules of the gray links are kept, for a start without Redis. ``reconcile``: when Redis, ledger and the service's tables are
+    compared, where what is found is told, and how much may be corrected.
 
     Use it as ``async with inventory:``, nested as often as you like; connections belong to the event loop they were made in.
     """
@@ -78,6 +83,7 @@ class Inventory(StockDecorators):
         replicas: int = 1,
         lanes: Mapping[str, Lane] | None = None,
         detection: Detection | None = None,
+        redistribution: RedistributionPolicy | None = None,
         metrics: Sequence[Metrics] | None = None,
         table_prefix: str = "inventory_",
         redis_timeout: float = 2.0,
@@ -120,7 +126,10 @@ class Inventory(StockDecorators):
         self._durability: str | None = durability
         self._ledger_part = self._servers.make_ledger(table_prefix, self._new_stock())
         self.hotspots = Hotspots(detection or Detection(), self.lanes, self._default_merchant, auto=admission == "auto")
-        self._beside: list[Beside] = [self.alerts, self.hotspots]
+        for name in redistribution.slows if redistribution is not None else ():
+            self.lanes.declared(name)
+        self.redistribution = Redistribution(redistribution, self.lanes)
+        self._beside: list[Beside] = [self.alerts, self.hotspots, self.redistribution]
         self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -355,6 +364,56 @@ class Inventory(StockDecorators):
             aspect = GrayAspect(self.gray_links, link, candidate, merchant)
             woven = weave(function, aspect)
             self.gray_links.declare(aspect)
+            return woven
+
+        return decorate
+
+    def coalesce(
+        self,
+        *,
+        key: Selector,
+        debounce: float = 0.2,
+        max_wait: float = 2.0,
+        executor: Literal["loop", "process"] = "loop",
+        timeout: float = 60.0,
+        cpu_budget: float | None = None,
+        key_cpu_budget: float | None = None,
+        name: str | None = None,
+    ) -> Now:
+        """Calls with the same ``key`` become one run: at most one is running and one waiting per key, in all processes together.
+
+        A run begins ``debounce`` seconds after the last call, and no later than ``max_wait`` after the first one that waits, with the
+        arguments of the last one. The caller gets the result of a run that started after its call, or ``RecalculationFailed``; if it
+        is cancelled the run goes on. ``executor``: in the event loop, or in a process, which is killed after ``timeout`` seconds
+        (``RecalculationCutOff``). ``cpu_budget``: share of this process' CPUs for all of its runs on the average, ``key_cpu_budget``
+        for those of one key. ``name`` is what it is called in Redis; None: its module and name.
+
+        For functions and staticmethods with annotations that JSON can hold: another process may run them.
+        """
+        options = Options(key, debounce, max_wait, executor, timeout, cpu_budget, key_cpu_budget, name)
+
+        def decorate(function: Any) -> Any:
+            aspect = CoalesceAspect(self.redistribution, options)
+            woven = weave(function, aspect)
+            assert aspect.function is not None
+            self.redistribution.add(aspect.function)
+            return woven
+
+        return decorate
+
+    def trigger(self, name: str, *, runs: Callable[..., Awaitable[Any]], key: Selector | None = None) -> Now:
+        """Whenever the function has returned, a run of ``runs`` is asked for, which ``@inventory.coalesce`` decorates. The caller does
+        not wait for the run. ``redistribution.triggers()`` tells what it costs under this ``name``.
+
+        The run's arguments are the function's parameters of the same names; ``key`` is a selector for the one that is the run's key.
+        """
+        aspect = TriggerAspect(self.redistribution, name, runs, key)
+
+        def decorate(function: Any) -> Any:
+            woven = weave(function, aspect)
+            site = site_of(woven)
+            assert site is not None
+            self.redistribution.add_trigger(name, aspect.runs, site.label)
             return woven
 
         return decorate

@@ -29,13 +29,19 @@ Proceed = Callable[["Call"], Awaitable[Any]]
 
 
 class Order(IntEnum):
-    """Where an aspect stands in the chain, outermost first. A function has at most one aspect of each."""
+    """Where an aspect stands in the chain, outermost first. A function has at most one aspect of each.
 
-    LANE = 1
-    GRAY = 2
-    HOTSPOT = 3
-    STOCK = 4
-    VERIFY = 5
+    COALESCE is outside of LANE: many calls become one run, and the lane is the run's. TRIGGER is inside of it and outside of the
+    rest: it asks for a recalculation once stock and function have succeeded, with the call's slot and time.
+    """
+
+    COALESCE = 1
+    LANE = 2
+    TRIGGER = 3
+    GRAY = 4
+    HOTSPOT = 5
+    STOCK = 6
+    VERIFY = 7
 
 
 class Aspect(Protocol):

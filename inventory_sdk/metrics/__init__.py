@@ -10,6 +10,7 @@ from inventory_sdk.metrics.events import (
     Behind,
     Compared,
     Event,
+    Governed,
     GrayRouted,
     GrayRules,
     Happened,
@@ -17,7 +18,9 @@ from inventory_sdk.metrics.events import (
     LaneUsed,
     Metrics,
     Published,
+    Recalculated,
     Retried,
+    Triggered,
 )
 from inventory_sdk.metrics.fanout import Fanout
 from inventory_sdk.metrics.nothing import NoMetrics
@@ -30,6 +33,7 @@ __all__ = [
     "Compared",
     "Event",
     "Fanout",
+    "Governed",
     "GrayRouted",
     "GrayRules",
     "Happened",
@@ -38,5 +42,7 @@ __all__ = [
     "Metrics",
     "NoMetrics",
     "Published",
+    "Recalculated",
     "Retried",
+    "Triggered",
 ]

@@ -64,8 +64,11 @@ class Happened:
     ``drift``, ``sink_away``, ``sink_refused``.
     ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
     ``hotspot_heated``, ``hotspot_cooled``, ``promoted``, ``demoted``.
+    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
+    ``recalculation_failed``, ``recalculation_cut_off``, ``recalculation_stuck``, ``recalculation_lease_lost``,
+    ``recalculation_taken_over``.
 
-    Labels have few values: partition, kind, reason, why, task."""
+    Labels have few values: partition, kind, reason, why, task (a coalesced function too)."""
 
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -167,8 +170,55 @@ class HotspotsUsed:
     """The hottest keys, at most ten: merchant, sku (or the key where it has no SKU), calls per second over all processes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Triggered:
+    """Requests of one coalesced function that Redis has written down: calls by trigger."""
+
+    function: str
+    calls: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Recalculated:
+    """One run of a coalesced function has ended: ``outcome`` is ``done``, ``failed``, ``cut_off``, ``lost`` (the lease) or
+    ``given_back`` (the process closes)."""
+
+    function: str
+    outcome: str
+    seconds: float
+    cpu_seconds: float
+    calls: int
+    """Requests that it answered."""
+    waited_seconds: float
+    """From the first of them to the start of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Governed:
+    """The CPU governor, once a second: share of the CPU in use, lateness of the event loop, and what each may use of its own
+    (``redistribution``, and the lanes that it may slow), from the floor to 1."""
+
+    cpu: float
+    lag_seconds: float
+    shares: Mapping[str, float]
+
+
 Event = (
-    BatchSent | Published | Applied | Retried | Happened | LaneUsed | Behind | Alerting | GrayRouted | GrayRules | Compared | HotspotsUsed
+    BatchSent
+    | Published
+    | Applied
+    | Retried
+    | Happened
+    | LaneUsed
+    | Behind
+    | Alerting
+    | GrayRouted
+    | GrayRules
+    | Compared
+    | HotspotsUsed
+    | Triggered
+    | Recalculated
+    | Governed
 )
 
 

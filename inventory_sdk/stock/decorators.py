@@ -54,6 +54,8 @@ EVENTS: Mapping[str, str] = {
     "task_died": "a background task ended with an error",
     "writes_stock_failed": "a writes_stock function refused a movement",
     "mismatch": "a verified function did not move what it was asked to",
+    "recalculation_failed": "a run of a coalesced function raised",
+    "recalculation_cut_off": "a run of a coalesced function did not end within its timeout",
     "hot": "a SKU became hot",
     "cool": "a SKU is no longer hot",
     "alert": "a business alert fires, or is over",

@@ -72,7 +72,8 @@ class Pass(Timed):
 
 
 class Gate:
-    """See above. ``used`` counts this lane's slots in use, ``lent`` those of them that calls of other lanes use."""
+    """See above. ``used`` counts this lane's slots in use, ``lent`` those of them that calls of other lanes use, ``ended`` its calls
+    that have given back theirs, ``peak`` the most slots that were in use at once since somebody looked."""
 
     def __init__(self, name: str, lane: Lane, metrics: Metrics) -> None:
         self.name = name
@@ -83,6 +84,8 @@ class Gate:
         self.lenders: list[Gate] = []
         self.borrowers: list[Gate] = []
         self.overdue = 0
+        self.ended = 0
+        self.peak = 0
         self._most = lane.max_concurrency
         self._timeout = lane.timeout
         self._progress = 0.0
@@ -173,25 +176,41 @@ class Gate:
         if user is not self:
             self.lent -= 1
         self._progress = now
-        if self._next(self):
+        if self.used <= self._most and self._hand_over():
             return
-        for borrower in self.borrowers:
-            if borrower._next(self):
-                self.lent += 1
-                return
         self.used -= 1
         if self._report_timer is None:
             self._report_later()
 
     def learn(self, seconds: float) -> None:
         """A call held its slot for so long."""
+        self.ended += 1
         self.service = seconds if self.service == 0.0 else self.service + (seconds - self.service) * WEIGHT
+
+    def narrow(self, slots: int) -> None:
+        """From now on so many slots, at least 1 and at most those of the declaration. Calls that are in stay in; while there are
+        more of them, what they give back is not given to others."""
+        self._most = max(1, min(slots, self.lane.max_concurrency))
+        if self.used >= self._most:
+            self._progress = time.monotonic()
+        while self.used < self._most and self._hand_over():
+            self.used += 1
 
     def flush(self) -> None:
         """Tell the metrics what there is to tell."""
         if self._report_timer is not None:
             self._report_timer.cancel()
             self._report()
+
+    def _hand_over(self) -> bool:
+        """Give a slot of ours to whoever waits for one."""
+        if self._next(self):
+            return True
+        for borrower in self.borrowers:
+            if borrower._next(self):
+                self.lent += 1
+                return True
+        return False
 
     def _next(self, slot: Gate) -> bool:
         """Give a slot to the head of the line."""
@@ -207,6 +226,8 @@ class Gate:
     def _free_slot(self, now: float) -> Gate | None:
         if self.used < self._most:
             self.used += 1
+            if self.used > self.peak:
+                self.peak = self.used
             if self.used == self._most:
                 self._progress = now
             return self

@@ -17,7 +17,11 @@ from inventory_sdk.model import Lane, check_text
 from inventory_sdk.traffic.deadline import Deadline
 from inventory_sdk.traffic.gate import Gate, Pass, link, seconds_for
 
-RESERVED: Final = {DEFAULT_LANE: "calls without a lane are there", "upkeep": "the worker is there"}
+RESERVED: Final = {
+    DEFAULT_LANE: "calls without a lane are there",
+    "redistribution": "coalesced runs are there",
+    "upkeep": "the worker is there",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,17 @@ class LaneUsage:
     waiting: int
     lent: int
     service_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LaneLoad:
+    """What a governor looks at: the most slots in use at once since the last look, calls that have ended since the beginning, what they
+    take on the average, and the slots that the lane was declared with."""
+
+    peak: int
+    ended: int
+    service_seconds: float
+    declared: int
 
 
 class Lanes(Mapping[str, Lane]):
@@ -80,6 +95,17 @@ class Lanes(Mapping[str, Lane]):
         if loop is None or loop() is not asyncio.get_running_loop():
             gates = self._here()
         return gates[name]
+
+    def load(self, name: str) -> LaneLoad:
+        """How much a lane has to do, in this event loop. For one who looks regularly."""
+        gate = self.gate(name)
+        peak, gate.peak = max(gate.peak, gate.used), gate.used
+        return LaneLoad(peak, gate.ended, gate.service, gate.lane.max_concurrency)
+
+    def narrow(self, name: str, slots: int) -> None:
+        """Give a lane fewer slots in this event loop than it was declared with, at least 1; or give them back. Nobody who is in, or in
+        line, is turned away by it; newcomers are refused by what they would have to wait, as ever."""
+        self.gate(name).narrow(slots)
 
     def connections(self) -> dict[str, int]:
         """How many script calls of a lane may be under way at once, where that is bounded."""

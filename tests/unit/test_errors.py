@@ -24,6 +24,8 @@ from inventory_sdk.errors import (
     OutcomeUnknown,
     Overloaded,
     QuantityMismatch,
+    RecalculationCutOff,
+    RecalculationFailed,
     ReservationClosed,
     ReservationExpired,
     ReservationNotFound,
@@ -49,6 +51,8 @@ SAMPLES = [
     StockFrozen("partition 0 is being rebuilt", 3),
     LaneNotServed("batch", ["core"], "https://batch.example"),
     DeadlineExceeded("0.5 s ran out"),
+    RecalculationFailed("shop:recalculate", "shop-1", "ValueError", "no such shop"),
+    RecalculationCutOff("shop:recalculate", "shop-1", "TimeoutError", "not done within 60 s"),
     DurabilityNotReached("database", Position(0, 1, 9), Position(0, 1, 4), None),
     NotStarted(),
 ]

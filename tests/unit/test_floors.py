@@ -47,6 +47,7 @@ DOORS = {
     ("cli", "testing"),  # doctor --drill breaks things with the faults that users' tests have
     ("cli", "web"),  # the command admin serves the pages
     ("stock", "ledger.protocol"),  # loading reads the truth, through its protocol only
+    ("redistribute", "stock.later"),  # a run's arguments travel as those of run="later" do: one codec
     ("model", "errors"),
     ("errors", "model"),  # for annotations only
 }

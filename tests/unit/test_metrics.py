@@ -13,6 +13,7 @@ from inventory_sdk.metrics import (
     Compared,
     Event,
     Fanout,
+    Governed,
     GrayRouted,
     GrayRules,
     Happened,
@@ -20,7 +21,9 @@ from inventory_sdk.metrics import (
     LaneUsed,
     NoMetrics,
     Published,
+    Recalculated,
     Retried,
+    Triggered,
 )
 from inventory_sdk.metrics.prometheus import PrometheusMetrics
 
@@ -70,6 +73,25 @@ def test_a_comparison_is_counted_and_only_one_of_everything_says_how_many_are_op
     assert value("inventory_compared_holds_total", {"scope": "what"}) == 5
     assert value("inventory_comparison_seconds_sum", {"scope": "everything"}) == 1.5
     assert value("inventory_discrepancies_open", {"cause": "went_back"}) == 2
+
+
+def test_redistribution_is_counted_by_its_runs_and_triggers(registry: CollectorRegistry) -> None:
+    metrics = PrometheusMetrics(registry)
+    metrics.record(Triggered("shops", {"paid": 3, "returned": 1}))
+    metrics.record(Recalculated("shops", "done", 0.5, 0.25, 4, 0.2))
+    metrics.record(Recalculated("shops", "lost", 1.5, 0.75, 4, 0.2))  # whoever has the key now answers its requests
+    metrics.record(Governed(0.9, 0.01, {"redistribution": 0.1, "core": 0.8}))
+    value = registry.get_sample_value
+    assert value("inventory_trigger_calls_total", {"function": "shops", "trigger": "paid"}) == 3
+    assert value("inventory_recalculations_total", {"function": "shops", "outcome": "done"}) == 1
+    assert value("inventory_recalculations_total", {"function": "shops", "outcome": "lost"}) == 1
+    assert value("inventory_recalculation_calls_total", {"function": "shops"}) == 4
+    assert value("inventory_recalculation_cpu_seconds_total", {"function": "shops"}) == 1.0
+    assert value("inventory_recalculation_seconds_count", {"function": "shops"}) == 2
+    assert value("inventory_recalculation_wait_seconds_sum", {"function": "shops"}) == pytest.approx(0.2)
+    assert value("inventory_governor_share_ratio", {"what": "core"}) == 0.8
+    assert value("inventory_cpu_in_use_ratio") == 0.9
+    assert value("inventory_loop_lag_seconds") == 0.01
 
 
 def test_a_lane_is_counted_by_its_reports(registry: CollectorRegistry) -> None:

@@ -21,7 +21,9 @@ NAMES = {
     "Line",
     "Movement",
     "OpeningBalance",
+    "Recalculation",
     "Receipt",
+    "RedistributionPolicy",
     "Reservation",
     "StockLevel",
     "WatchedTables",
@@ -45,7 +47,7 @@ STOCK = {
     "status": {"operation_id", "merchant"},
 }
 DECORATORS = ("reserves", "deducts", "confirms", "releases", "restocks", "takes_back", "adjusts")
-HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "verifies", "gray")
+HOOKS = ("writes_stock", "reads_stock", "on", "provides", "weave", "lane", "verifies", "gray", "trigger", "coalesce", "hotspot")
 
 
 def parameters(function: Any) -> set[str]:

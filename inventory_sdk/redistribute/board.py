@@ -1,0 +1,176 @@
+"""What all processes know together, in Redis: which keys were asked for, which are being calculated and by whose lease, what was done.
+
+One function's keys share a slot (its name is their hash tag). Versions and fences only ever go up, so a state that was cleaned away
+and made anew is never mistaken for an older one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final
+
+from redis.exceptions import NoScriptError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis, RedisCluster
+
+OUTCOME_KEPT: Final = 60.0
+"""Seconds that a key without requests is remembered, with its last outcome."""
+SEPARATOR: Final = "\x1f"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``calls``: by trigger. ``opener``: the first of them. ``wanted``: somebody waits for the outcome."""
+
+    key: str
+    arguments: str
+    wanted: bool
+    calls: Mapping[str, int]
+    opener: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A key in our hands, until its lease ends. ``version``: the newest request that this run answers. ``waited``: seconds."""
+
+    key: str
+    version: int
+    fence: int
+    arguments: str
+    calls: Mapping[str, int]
+    opener: str
+    wanted: bool
+    taken_over: bool
+    waited: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """``known`` is False for a key without a state. ``outcome`` is that of version ``outcome_of``; 0: there is none."""
+
+    known: bool
+    done: int
+    outcome_of: int
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one trigger did: runs it caused (it was the first that waited), CPU microseconds charged by its part of the calls."""
+
+    calls: int = 0
+    runs: int = 0
+    cpu_us: int = 0
+
+
+class Board:
+    """One function's board. Times are in seconds. Redis' errors come through."""
+
+    def __init__(self, client: Redis | RedisCluster, namespace: str, function: str) -> None:
+        self._client: Any = client
+        begins = f"{namespace}:redistribute:{{{function}}}"
+        self._due = f"{begins}:due"
+        self._counts = f"{begins}:counts"
+        self._state = f"{begins}:key:"
+
+    async def request(self, requests: Sequence[Request], debounce: float, max_wait: float) -> list[tuple[int, float | None]]:
+        """Per request its version, and seconds until its key is due; None: once the run that is on has ended."""
+        arguments: list[str | int] = [_ms(debounce), _ms(max_wait)]
+        for each in requests:
+            arguments += [each.key, each.arguments, "1" if each.wanted else "0", json.dumps(each.calls), each.opener]
+        keys = [self._due, self._counts, *(self._state + each.key for each in requests)]
+        reply = await self._run("request", keys, arguments)
+        return [(version, None if due < 0 else due / 1000) for version, due in zip(reply[::2], reply[1::2], strict=True)]
+
+    async def peek(self, most: int) -> tuple[list[str], float | None]:
+        """Keys that are due, and seconds until another one is."""
+        due, later = await self._run("peek", [self._due], [most])
+        return [key.decode() for key in due], None if later < 0 else later / 1000
+
+    async def claim(self, keys: Sequence[str], lease: float) -> list[Claim]:
+        """Those of ``keys`` that are ours now."""
+        replies = await self._run("claim", [self._due, self._counts, *(self._state + key for key in keys)], [_ms(lease), *keys])
+        claims = []
+        for key, reply in zip(keys, replies, strict=True):
+            if reply:
+                version, fence, arguments, calls, opener, wanted, taken_over, waited = reply
+                claims.append(
+                    Claim(
+                        key=key,
+                        version=version,
+                        fence=fence,
+                        arguments=arguments.decode(),
+                        calls=json.loads(calls),
+                        opener=opener.decode(),
+                        wanted=wanted == b"1",
+                        taken_over=taken_over == b"1",
+                        waited=waited / 1000,
+                    )
+                )
+        return claims
+
+    async def renew(self, claims: Sequence[Claim], lease: float) -> list[bool]:
+        """Which of them are still ours, and for another lease."""
+        pairs = [word for each in claims for word in (each.key, each.fence)]
+        keys = [self._due, *(self._state + each.key for each in claims)]
+        return [bool(kept) for kept in await self._run("renew", keys, [_ms(lease), *pairs])]
+
+    async def finish(
+        self, claim: Claim, outcome: str, debounce: float, max_wait: float, rest: float, cpu_us: Mapping[str, int]
+    ) -> tuple[bool, float | None]:
+        """Whether it was still ours, and seconds until the key is due again."""
+        charges = [word for pair in cpu_us.items() for word in pair]
+        times = [_ms(debounce), _ms(max_wait), _ms(rest), _ms(OUTCOME_KEPT)]
+        reply = await self._end(claim, ["1", outcome, *times, *charges])
+        return reply != -2, reply / 1000 if reply >= 0 else None
+
+    async def give_back(self, claim: Claim) -> None:
+        """Somebody else shall run it, at once."""
+        await self._end(claim, ["0", "", 0, 0, 0, 0])
+
+    async def standings(self, keys: Sequence[str]) -> list[Standing]:
+        """How things stand with these keys."""
+        pipe = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipe.hmget(self._state + key, "asked", "done", "outcome_of", "outcome")
+        return [
+            Standing(asked is not None, int(done or 0), int(of or 0), (outcome or b"").decode())
+            for asked, done, of, outcome in await pipe.execute()
+        ]
+
+    async def counted(self) -> dict[str, Counts]:
+        """By trigger, over all processes."""
+        found: dict[str, dict[str, int]] = {}
+        for field, value in (await self._client.hgetall(self._counts)).items():
+            what, separator, trigger = field.decode().partition(SEPARATOR)
+            if separator:
+                found.setdefault(trigger, {})["cpu_us" if what == "cpu" else what] = int(value)
+        return {trigger: Counts(**counts) for trigger, counts in found.items()}
+
+    async def _end(self, claim: Claim, more: Sequence[str | int]) -> int:
+        keys = [self._due, self._counts, self._state + claim.key]
+        reply: int = await self._run("finish", keys, [claim.key, claim.fence, *more])
+        return reply
+
+    async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
+        text, digest = _script(name)
+        try:
+            return await self._client.evalsha(digest, len(keys), *keys, *arguments)
+        except NoScriptError:
+            return await self._client.eval(text, len(keys), *keys, *arguments)
+
+
+@cache
+def _script(name: str) -> tuple[str, str]:
+    text = resources.files("inventory_sdk.redistribute").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
