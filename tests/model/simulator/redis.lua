@@ -180,6 +180,13 @@ function commands.PTTL(key)
   return held.expires and held.expires - clock_ms or -1
 end
 
+function commands.PEXPIRE(key, time)
+  local held = typed(key, 'string')
+  if not held then return 0 end
+  held.expires = clock_ms + tonumber(time)
+  return 1
+end
+
 function commands.HGET(key, name)
   local held = typed(key, 'hash')
   return held and held.v[name] or false
@@ -213,6 +220,9 @@ function commands.HKEYS(key)
   for i = 1, #all, 2 do out[#out + 1] = all[i] end
   return out
 end
+
+-- All of it at once: small hashes are answered like that by a real one too.
+function commands.HSCAN(key) return {'0', commands.HGETALL(key)} end
 
 function commands.HLEN(key)
   local held = typed(key, 'hash')
@@ -265,10 +275,15 @@ function commands.HDEL(key, ...)
 end
 
 function commands.ZADD(key, ...)
-  local held, given, new = typed(key, 'zset', true), {...}, 0
+  local held, given, new = typed(key, 'zset'), {...}, 0
+  local only = string.upper(given[1]) == 'XX'
+  if only then table.remove(given, 1) end
+  if only and not held then return 0 end
+  held = held or typed(key, 'zset', true)
   for i = 1, #given, 2 do
-    if held.v[given[i + 1]] == nil then new = new + 1 end
-    held.v[given[i + 1]] = tonumber(given[i])
+    local there = held.v[given[i + 1]] ~= nil
+    if not there and not only then new = new + 1 end
+    if there or not only then held.v[given[i + 1]] = tonumber(given[i]) end
   end
   held.n = held.n + new
   return new
@@ -367,6 +382,20 @@ function commands.XRANGE(key, first, last, option, count)
   return out
 end
 
+function commands.XREVRANGE(key, last, first, option, count)
+  local held, out = typed(key, 'stream'), {}
+  if not held then return out end
+  local a, b = place(first, 0)
+  local c, d = place(last, math.huge)
+  local most = option and tonumber(count) or math.huge
+  for i = held.n, 1, -1 do
+    local entry = held.v[i]
+    if #out >= most or before(entry[3], entry[4], a, b) then break end
+    if not before(c, d, entry[3], entry[4]) then out[#out + 1] = {entry[1], entry[2]} end
+  end
+  return out
+end
+
 function commands.XTRIM(key, option, id)
   local held = typed(key, 'stream')
   if not held then return 0 end
@@ -382,7 +411,7 @@ function commands.XTRIM(key, option, id)
   return gone
 end
 
-for _, name in ipairs({'DEL', 'UNLINK', 'SET', 'HSET', 'HSETNX', 'HDEL', 'HINCRBY', 'ZADD', 'ZREM', 'XADD', 'XTRIM'}) do writes[name] = true end
+for _, name in ipairs({'DEL', 'UNLINK', 'SET', 'HSET', 'HSETNX', 'HDEL', 'HINCRBY', 'ZADD', 'ZREM', 'XADD', 'XTRIM', 'PEXPIRE'}) do writes[name] = true end
 
 -- What scripts see ------------------------------------------------------------------------------------------------------------
 

@@ -121,12 +121,14 @@ def plan_of(seed: int) -> Plan:
 class Sink:
     """Metrics of all processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self._world = world
         self.retried: Counter[str] = Counter()
 
     def record(self, event: Event) -> None:
         if isinstance(event, Retried):
             self.retried[event.what] += 1
+            self._world.trace("retried", event.what, event.reason)
 
 
 class SimServers:
@@ -169,7 +171,7 @@ class Run:
         rates = plan.rates if plan.faulty_start else {}
         self.world = World(plan.seed, rates, tracing)
         self.scenario = Scenario(random.Random(f"scenario {plan.seed}"), plan.partitions)
-        self.sink = Sink()
+        self.sink = Sink(self.world)
         self.callers: list[tuple[Process, Inventory]] = []
         self.workers: list[tuple[Process, Any]] = []
         self.calls: list[asyncio.Task[None]] = []
