@@ -24,6 +24,7 @@ from inventory_sdk.metrics.events import BatchSent, Metrics, Retried
 from inventory_sdk.model import Position
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.parts import as_replied
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 if TYPE_CHECKING:
@@ -383,7 +384,7 @@ class Batcher:
             found.append(item)
             # A second operation of the batch with the same key was a replay, and will find the first one's record.
             del done[operation.key]
-            answers.append([DONE_LINES, operation.remaining, operation.lines, operation.order])
+            answers.append([DONE_LINES, *as_replied(operation), operation.order])
         # What its sales rest on was in the lost reply.
         self._deliver(found, answers, int(epoch), sequence, body, time.perf_counter() - started, None)
         return rest

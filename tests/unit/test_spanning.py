@@ -23,6 +23,8 @@ from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import Position, Shortage, partition_of
 from inventory_sdk.stock import deciding, spanning
 from inventory_sdk.stock.journal import decode
+from inventory_sdk.stock.parts import call_of
+from inventory_sdk.stock.wire import ReplyLost
 from inventory_sdk.sync.following import Following
 from inventory_sdk.sync.parts import Parts
 from inventory_sdk.sync.queues.memory import MemoryQueue
@@ -199,6 +201,37 @@ async def test_a_caller_that_goes_away_at_the_decision_leaves_what_its_id_says(w
     await world.resolve()
     assert await left(world) == ([4, 4, 4] if own else [5, 5, 5])
     assert (await process.stock.status("o1") is not None) is own
+
+
+@pytest.mark.parametrize("how", ["reserve", "deduct", "adjust", "confirm", "release", "confirm some", "release some"])
+async def test_home_whose_reply_was_lost_answers_all_lines_from_its_journal(world: World, how: str) -> None:
+    process = world.process()
+    kind, _, some = how.partition(" ")
+    if kind in ("confirm", "release"):
+        await process.stock.reserve(cart(*ALL, quantity=2), operation_id="o1")
+        await process.quiet()
+    run, lost = process.engine.wire.run, list[str]()
+
+    async def losing(name: str, keys: Sequence[str], arguments: Sequence[Any], *behind: Any) -> Any:
+        answer = await run(name, keys, arguments, *behind)
+        if not lost and any(op[0] == kind and not call_of(op[1]) for op in operations(name, arguments)):
+            lost.append(kind)
+            raise ReplyLost("cut off")
+        return answer
+
+    process.engine.wire.run = losing  # type: ignore[method-assign]
+    process.engine.wire.timeout = 0.05  # type: ignore[misc]
+    if kind in ("confirm", "release"):
+        lines = cart(FIRST, SECOND) if some else None
+        receipt = await getattr(process.stock, kind)("o1", lines=lines, operation_id="c1")
+    else:
+        receipt = await getattr(process.stock, kind)(cart(*ALL, quantity=-1 if kind == "adjust" else 1), operation_id="o1")
+    assert lost == [kind]
+    wanted = [FIRST, SECOND] if some else ALL
+    assert sorted(line.merchant for line in receipt.lines) == sorted(wanted)
+    assert not receipt.replayed
+    found = await left(world)
+    assert {line.merchant: line.remaining for line in receipt.lines} == {each: found[ALL.index(each)] for each in wanted}
 
 
 async def test_parts_expire_with_their_home_and_not_before(world: World) -> None:

@@ -599,6 +599,16 @@ class SimLedger:
     async def due_holds(self, partition: int, limit: int, pinned_before_ms: int) -> list[ReservationRow]:
         return []
 
+    async def live_holds(self, partition: int, fields: Sequence[str]) -> list[ReservationRow]:
+        await self._query()
+        wanted = set(fields)
+        found = [
+            hold
+            for _, hold in sorted(self._tables.holds.items())
+            if hold.state == HELD and hold.partition == partition and any(hold.lines[name][1] for name in wanted & hold.lines.keys())
+        ]
+        return [reservation_row(_as_stored(hold)) for hold in found]
+
     async def nonces(self, positions: Sequence[Position]) -> dict[Position, str]:
         await self._query()
         entries = self._tables.entries

@@ -4,7 +4,7 @@
 -- Returns the functions that the double in Python calls.
 
 local find, sub, byte, fmt, char = string.find, string.sub, string.byte, string.format, string.char
-local db, clock_ms, clock_us, run_id, fail_xadd
+local db, clock_ms, clock_us, run_id, fail_xadd, full
 local group, seen
 
 -- JSON, as Redis' cjson reads and prints it ---------------------------------------------------------------------------------
@@ -136,7 +136,6 @@ end
 function commands.TIME() return {fmt('%.0f', math.floor(clock_ms / 1000)), fmt('%.0f', (clock_ms % 1000) * 1000 + clock_us)} end
 function commands.INFO() return '# Server\r\nredis_version:7.0.15\r\nrun_id:' .. run_id .. '\r\n' end
 function commands.PING() return {ok = 'PONG'} end
-function commands.WAIT() return 0 end
 
 function commands.TYPE(key)
   local held = db.keys[key]
@@ -411,6 +410,8 @@ function commands.XTRIM(key, option, id)
   return gone
 end
 
+-- What a full Redis refuses, unless the script has written before.
+local denied = {SET = true, HSET = true, HSETNX = true, HINCRBY = true, ZADD = true, XADD = true}
 for _, name in ipairs({'DEL', 'UNLINK', 'SET', 'HSET', 'HSETNX', 'HDEL', 'HINCRBY', 'ZADD', 'ZREM', 'XADD', 'XTRIM', 'PEXPIRE'}) do writes[name] = true end
 
 -- What scripts see ------------------------------------------------------------------------------------------------------------
@@ -424,6 +425,7 @@ end
 local function perform(name, ...)
   local command = commands[string.upper(name)]
   if not command then error("ERR unknown command '" .. name .. "' (the simulator's Redis lacks it)", 0) end
+  if full and group == nil and denied[string.upper(name)] then error("OOM command not allowed when used memory > 'maxmemory'.", 0) end
   local given = {...}
   for i = 1, #given do given[i] = text_of(given[i]) end
   local reply = command(unpack(given))
@@ -445,8 +447,8 @@ redis = {
   sha1hex = nil,
 }
 
-local function enter(state, ms, us, server, failing)
-  db, clock_ms, clock_us, run_id, fail_xadd = state, ms, us, server, failing
+local function enter(state, ms, us, server, trouble)
+  db, clock_ms, clock_us, run_id, fail_xadd, full = state, ms, us, server, trouble == 'xadd', trouble == 'full'
   group, seen = nil, {}
 end
 
@@ -468,15 +470,15 @@ function out.compile(text)
 end
 
 -- Answers (fine, reply, entries added or nil, counters written or nil).
-function out.script(state, ms, us, server, failing, run, keys, arguments)
-  enter(state, ms, us, server, failing)
+function out.script(state, ms, us, server, trouble, run, keys, arguments)
+  enter(state, ms, us, server, trouble)
   KEYS, ARGV = keys, arguments
   local fine, reply = pcall(run)
   return fine, reply, leave()
 end
 
-function out.command(state, ms, us, server, failing, ...)
-  enter(state, ms, us, server, failing)
+function out.command(state, ms, us, server, trouble, ...)
+  enter(state, ms, us, server, trouble)
   local fine, reply = pcall(perform, ...)
   return fine, reply, leave()
 end
@@ -484,7 +486,7 @@ end
 -- A new state with only the first `count` groups of another one's log.
 function out.replay(from, count)
   local state = out.new()
-  clock_ms, clock_us, run_id, fail_xadd, seen = 0, 0, '', false, nil
+  clock_ms, clock_us, run_id, fail_xadd, full, seen = 0, 0, '', false, false, nil
   for i = 1, count do
     db = state
     for _, each in ipairs(from.log[i]) do commands[each[1]](unpack(each[2])) end

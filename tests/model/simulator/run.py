@@ -23,8 +23,12 @@ from inventory_sdk.inventory import Inventory
 from inventory_sdk.metrics.events import Event, Retried
 from inventory_sdk.model import Line
 from inventory_sdk.stock import batch as batch_module
+from inventory_sdk.stock import deciding as deciding_module
+from inventory_sdk.stock import spanning as spanning_module
+from inventory_sdk.stock import upkeep as upkeep_module
 from inventory_sdk.sync import recovery as recovery_module
 from inventory_sdk.sync import watermark as watermark_module
+from inventory_sdk.sync.publish import Publisher
 from tests.model.simulator import final
 from tests.model.simulator.auditor import Attempt, Violation
 from tests.model.simulator.broker import SimQueue
@@ -51,6 +55,8 @@ RATES: Final = {
     "commit_broken": 0.04,
     "commit_unheard": 0.04,
     "caller_cancelled": 0.06,
+    "replica_lags": 0.1,
+    "killed_here": 0.002,
 }
 EVENTS: Final = (
     "kill_caller",
@@ -67,7 +73,16 @@ EVENTS: Final = (
     "xadd_fails",
 )
 NAMESPACE: Final = "sim"
-WORKER: Final = {"idle": 0.25, "take_over": 3.0, "credit_grace": 1.0, "first_delay": 0.02, "longest_delay": 1.0}
+PUBLISH_TIMEOUT: Final = 1.5
+WORKER: Final = {
+    "idle": 0.25,
+    "take_over": 3.0,
+    "credit_grace": 1.0,
+    "first_delay": 0.02,
+    "longest_delay": 1.0,
+    "rebind": 5.0,
+    "publish_timeout": PUBLISH_TIMEOUT,
+}
 PATIENCE: Final = 400.0
 """Virtual seconds after the last fault within which everybody has an answer and all is quiet."""
 
@@ -85,6 +100,8 @@ class Plan:
     rates: dict[str, float]
     events: list[tuple[float, str]]
     faulty_start: bool
+    spanning: float = 0.0
+    copies: bool = False
 
 
 def plan_of(seed: int) -> Plan:
@@ -107,7 +124,7 @@ def plan_of(seed: int) -> Plan:
         events = [(chance.uniform(0.0, span), chance.choice(kinds)) for _ in range(many)]
     return Plan(
         seed=seed,
-        partitions=chance.choice((1, 1, 2)),
+        partitions=chance.choice((1, 1, 2, 3)),
         callers=chance.randint(1, 3),
         workers=chance.choice((1, 1, 2)),
         calls=chance.choice((10, 25, 45)),
@@ -115,6 +132,8 @@ def plan_of(seed: int) -> Plan:
         rates=rates,
         events=sorted(events),
         faulty_start=chance.random() < 0.2,
+        spanning=chance.choice((0.0, 0.3, 0.6)),
+        copies=chance.random() < 0.3,
     )
 
 
@@ -169,8 +188,10 @@ class Run:
     def __init__(self, plan: Plan, tracing: bool) -> None:
         self.plan = plan
         rates = plan.rates if plan.faulty_start else {}
-        self.world = World(plan.seed, rates, tracing)
-        self.scenario = Scenario(random.Random(f"scenario {plan.seed}"), plan.partitions)
+        self.world = World(plan.seed, rates, tracing, plan.copies)
+        self.world.bereaved = self.bereaved
+        spanning = plan.spanning if plan.partitions > 1 else 0.0
+        self.scenario = Scenario(random.Random(f"scenario {plan.seed}"), plan.partitions, spanning, plan.copies)
         self.sink = Sink(self.world)
         self.callers: list[tuple[Process, Inventory]] = []
         self.workers: list[tuple[Process, Any]] = []
@@ -232,11 +253,19 @@ class Run:
             inventory = await self._started(process)
             worker = inventory._ready().make_worker(**WORKER)
             self.workers.append((process, (inventory, worker)))
-            await worker.start()
             self.starting -= 1
+            await worker.start()
             await worker.wait()
 
         self.world.loop.begin(process, live(), process.name)
+
+    def bereaved(self, process: Process) -> None:
+        """It died at one of its awaits; a supervisor starts another one."""
+        starting = all(process is not each for each, _ in (*self.callers, *self.workers))
+        if starting:
+            self.starting -= 1
+        begin = self.begin_worker if process.name.startswith("worker") else self.begin_caller
+        self.world.later(self.world.random.uniform(0.1, 2.0), begin)
 
     # Calls -----------------------------------------------------------------------------------------------------------------------
 
@@ -356,9 +385,9 @@ class Run:
         elif kind == "database_restarted":
             world.database.restart(chance.uniform(0.1, 2.0))
         elif kind in ("redis_full", "xadd_fails"):
-            server, name = world.redis, "out_of_memory" if kind == "redis_full" else "failing_xadd"
-            setattr(server, name, True)
-            world.later(chance.uniform(0.1, 1.5), lambda: setattr(server, name, False))
+            server = world.redis
+            server.trouble = b"full" if kind == "redis_full" else b"xadd"
+            world.later(chance.uniform(0.1, 1.5), lambda: setattr(server, "trouble", b""))
         world.count(kind)
 
     def heal(self) -> None:
@@ -419,7 +448,8 @@ class Run:
             while True:
                 attempt = self.call(call, cancel=False)
                 if attempt is not None:
-                    await asyncio.wait([self.calls[-1]])
+                    task: Any = self.calls[-1]
+                    await self._until(lambda task=task: task.done() or task.process.dead, f"{attempt} waits for ever", step=0.01)
                     if attempt.state == "done":
                         break
                 await asyncio.sleep(0.3)
@@ -539,6 +569,13 @@ def _same_every_time() -> Iterator[None]:
         mock.patch.object(running_module, "Watermark", partial(watermark_module.Watermark, longest=0.3)),
         mock.patch.object(running_module, "open_first", partial(recovery_module.open_first, timeout=5.0, poll=0.3)),
         mock.patch.object(running_module, "from_url", lambda queue, *_, **__: queue),
+        mock.patch.object(running_module, "Publisher", partial(Publisher, timeout=PUBLISH_TIMEOUT)),
+        mock.patch.object(recovery_module, "PUBLISH_TIMEOUT", PUBLISH_TIMEOUT),
+        # What takes minutes for the dead to be found takes seconds here, and what goes on for ever looks sooner.
+        mock.patch.object(deciding_module, "PART_OVERDUE_MS", 4_000),
+        mock.patch.object(spanning_module, "PART_OVERDUE_MS", 4_000),
+        mock.patch.object(deciding_module, "LOOK_AGAIN_MS", 10_000),
+        mock.patch.object(upkeep_module, "PIN_OVERDUE_MS", 4_000),
         mock.patch.object(watermark_module._Waiter, "__hash__", lambda waiter: hash(waiter.position), create=True),
         warnings.catch_warnings(),
     ):
@@ -553,6 +590,8 @@ def _tear_down(world: World) -> None:
     """Dispose of what is left, the dead included, without letting it do anything any more."""
     loop = world.loop
     world.over = True
+    world.rates.clear()
+    loop.steps = 0
     for task in list(loop.living):
         if task.process is not None:
             task.process.dead = False

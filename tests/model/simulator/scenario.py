@@ -1,7 +1,4 @@
-"""What the callers of one seed do: which call comes next, with which ids and lines. Pure choices, no I/O.
-
-A place for calls that span partitions: ``lines`` picks SKUs of shops of one partition; give it another partition's now and then.
-"""
+"""What the callers of one seed do: which call comes next, with which ids and lines. Pure choices, no I/O."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any
 from inventory_sdk.model import Line, Receipt, partition_of
 
 LEVELS = (None, None, "redis", "redis", "queue", "queue", "database")
+COPIES = ("replica", "replica", "aof")
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,10 @@ class Scenario:
 
     random: random.Random
     partitions: int
+    spanning: float = 0.0
+    """How often a line is of a shop in another partition."""
+    copies: bool = False
+    """Whether levels ``replica`` and ``aof`` are asked for."""
     merchants: dict[int, list[str]] = field(default_factory=dict)
     """Partition → shops."""
     supply: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -116,6 +118,8 @@ class Scenario:
         lines: list[Line] = []
         for _ in range(chance.choice((1, 1, 1, 2, 3))):
             shop = merchant if chance.random() < 0.85 else chance.choice(neighbours)
+            if self.spanning and chance.random() < self.spanning:
+                shop = chance.choice(chance.choice(list(self.merchants.values())))
             sku = chance.choice(list(self.supply[shop]))
             lines.append(Line(sku, chance.choice((1, 1, 2, 3)) * sign, None if shop == merchant and chance.random() < 0.9 else shop))
         return lines, flat_of(lines, merchant)
@@ -125,7 +129,7 @@ class Scenario:
         return f"op-{self.number}"
 
     def _level(self) -> str | None:
-        return self.random.choice(LEVELS)
+        return self.random.choice(LEVELS + COPIES if self.copies else LEVELS)
 
     def _take(self, kind: str) -> Call:
         merchant = self._shop()
