@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
 from inventory_sdk import Line
 from inventory_sdk.errors import (
     DurabilityNotReached,
     InsufficientStock,
     OperationConflict,
+    OutcomeUnknown,
     Overloaded,
     ReservationClosed,
     ReservationExpired,
 )
+from inventory_sdk.ledger.protocol import LedgerUnavailable
 from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import Position, Shortage, partition_of
 from inventory_sdk.stock import deciding, spanning
@@ -232,6 +236,58 @@ async def test_home_whose_reply_was_lost_answers_all_lines_from_its_journal(worl
     assert not receipt.replayed
     found = await left(world)
     assert {line.merchant: line.remaining for line in receipt.lines} == {each: found[ALL.index(each)] for each in wanted}
+
+
+@pytest.mark.parametrize("committed", [False, True])
+async def test_what_enters_several_partitions_enters_once_whatever_the_database_did_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    process = world.process()
+    real, left_to_fail = world.ledger.enter_parts, ["deadlock", "disconnected"]
+
+    async def enter_parts(parts: Any, writes: Any = ()) -> Any:
+        if left_to_fail:
+            if committed:
+                await real(parts, writes)
+            raise LedgerUnavailable(left_to_fail.pop(0), ConnectionResetError("gone"))
+        return await real(parts, writes)
+
+    monkeypatch.setattr(world.ledger, "enter_parts", enter_parts)
+    receipt = await process.stock.restock(cart(*ALL, quantity=2), operation_id="r1")
+    assert receipt.replayed is committed
+    assert await left(world) == [7, 7, 7]
+
+
+async def test_a_credit_that_redis_refuses_leaves_a_restock_over_partitions_unknown_and_safe_to_repeat(world: World) -> None:
+    process = world.process()
+
+    def refuse(name: str, arguments: Sequence[Any]) -> None:
+        if any(op[0] == "credit" for op in operations(name, arguments)):
+            raise ResponseError("ERR no room for the entry")
+
+    process.on_call = refuse
+    with pytest.raises(OutcomeUnknown) as caught:
+        await process.stock.restock(cart(*ALL, quantity=2), operation_id="r1")
+    assert caught.value.operation_id == "r1"
+    process.on_call = None
+    assert (await process.stock.restock(cart(*ALL, quantity=2), operation_id="r1")).replayed
+    assert await left(world) == [7, 7, 7]
+
+
+async def test_an_undo_at_home_stands_though_its_parts_can_not_be_reached(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = world.process()
+    receipt = await process.stock.reserve(cart(*ALL), operation_id="o1")
+    await process.quiet()
+    hget = process.client.hget
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise RedisConnectionError("connection reset by peer")
+
+    monkeypatch.setattr(process.client, "hget", away)
+    assert await process.stock.undo(receipt)
+    monkeypatch.setattr(process.client, "hget", hget)
+    await world.resolve()
+    assert await left(world) == [5, 5, 5]
 
 
 async def test_parts_expire_with_their_home_and_not_before(world: World) -> None:

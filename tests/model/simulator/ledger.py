@@ -423,9 +423,7 @@ class SimLedger:
     async def enter(self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[Any] = ()) -> list[Entered]:
         return (await self.enter_parts([(partition, epoch, operations)], writes))[0]
 
-    async def enter_parts(
-        self, parts: Sequence[tuple[int, int, Sequence[Entering]]], writes: Sequence[Any] = ()
-    ) -> list[list[Entered]]:
+    async def enter_parts(self, parts: Sequence[tuple[int, int, Sequence[Entering]]], writes: Sequence[Any] = ()) -> list[list[Entered]]:
         for _, _, operations in parts:
             for operation in operations:
                 _check(operation)
