@@ -60,6 +60,9 @@ def many(first: int, seeds: int | None, until: float, jobs: int, mutation: str |
         while pending:
             for result in pending.pop(0).result():
                 total.add(result)
+                if result.violation is not None and mutation is None:
+                    sys.stdout.write(f"seed {result.seed}: {result.violation[:300]}\n")
+                    sys.stdout.flush()
             if stop_at_failure and total.failed:
                 for future in pending:
                     future.cancel()

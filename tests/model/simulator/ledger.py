@@ -725,7 +725,7 @@ class SimRebuilding:
             if p == self._partition and e < self._epoch and void[5] == "pending":
                 void[5] = "closed"
         rows[self._epoch][0] = "open"
-        self._ledger._database.log.append(("open", (self._partition, self._epoch), None))
+        self._ledger._database.log.append(("open", (self._partition, self._epoch), self._extended))
         self._ledger._database.lock(self._partition).leave(self._claimant)
         self._ledger._database.world.auditor.opened(self._partition, self._epoch)
         await self._ledger._committed()
