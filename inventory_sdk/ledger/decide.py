@@ -324,7 +324,8 @@ class Verdicts:
         if operation.kind in CLAIMING:
             self.known.refused.add(operation.key)
         per_unit = signs or VOID_OF.get(operation.kind)
-        if per_unit is not None and lines:
+        # Home's take is a hold or a result in Redis also where all of its lines are elsewhere.
+        if per_unit is not None and (lines or (operation.kind in UNDOABLE and "parts" in extra)):
             available, reserved = per_unit
             deltas = []
             for at in range(0, len(lines), 2):

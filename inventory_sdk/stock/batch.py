@@ -58,7 +58,8 @@ DONE_LINES: Final = -1
     NOT_DUE,
     ASK_LEDGER,
     GIVEN_UP,
-) = range(15)
+    OVER,
+) = range(16)
 """Codes of the batch script's answers."""
 AWAY: Final = 30
 """The database sells it, or is about to: [30, field, …]."""
@@ -77,6 +78,7 @@ _REASONS: Final = {
     ASK_LEDGER: "forgotten",
     AWAY: "away",
     GIVEN_UP: "part_given_up",
+    OVER: "epoch_over",
 }
 
 GIVE: Final = frozenset({"release", "expire", "undo", "void"})

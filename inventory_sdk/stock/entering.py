@@ -17,7 +17,7 @@ from inventory_sdk.metrics.events import Retried
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.answers import refused
-from inventory_sdk.stock.batch import DONE, DONE_LINES, GIVE_UP, REPLAY
+from inventory_sdk.stock.batch import DONE, DONE_LINES, GIVE_UP, OVER, REPLAY
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_result
@@ -116,6 +116,9 @@ async def credited(engine: Engine, partition: Partition, entered: Entered, credi
     answer = await _credited(engine, partition, credit, fields)
     if len(credit.lines) < 2 * len(fields) and answer[0] in (DONE, DONE_LINES, REPLAY):
         # Some of it is the ledger's to sell: what remains there it says itself.
+        return Done(entered.position, entered.remaining, entered.replayed)
+    if answer[0] == OVER:
+        # Redis was rebuilt since, from rows that include it.
         return Done(entered.position, entered.remaining, entered.replayed)
     if answer[0] == REPLAY:
         return Done(entered.position, read_result(answer[1]).remaining, entered.replayed)

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from redis.exceptions import OutOfMemoryError
+
 from inventory_sdk.errors import StockFrozen
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost, Scripts
 
@@ -142,7 +144,10 @@ class Partition:
         """Close the partition in Redis for what was seen; the worker finds it so and recovers. May be repeated."""
         if self.suspicion is not None:
             epoch, why, sequence = self.suspicion
-            await self.wire.run("suspect", [self.keys[0]], [epoch, why, str(sequence)])
+            try:
+                await self.wire.run("suspect", [self.keys[0]], [epoch, why, str(sequence)])
+            except OutOfMemoryError as error:
+                raise NotExecuted(f"Redis is out of memory and can't be told that it {why}: {error}") from error
             self.suspicion = None
 
     def forget(self) -> None:

@@ -27,7 +27,8 @@ from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import Position, Shortage, partition_of
 from inventory_sdk.stock import deciding, spanning
 from inventory_sdk.stock.journal import decode
-from inventory_sdk.stock.parts import call_of
+from inventory_sdk.stock.parts import as_replied, call_of
+from inventory_sdk.stock.resubmit import resubmission
 from inventory_sdk.stock.wire import ReplyLost
 from inventory_sdk.sync.following import Following
 from inventory_sdk.sync.parts import Parts
@@ -287,6 +288,57 @@ async def test_an_undo_at_home_stands_though_its_parts_can_not_be_reached(world:
     assert await process.stock.undo(receipt)
     monkeypatch.setattr(process.client, "hget", hget)
     await world.resolve()
+    assert await left(world) == [5, 5, 5]
+
+
+async def test_a_repeat_beyond_the_window_leaves_no_hold_at_a_home_without_lines(world: World) -> None:
+    process = world.process()
+    await process.stock.reserve(cart(SECOND, THIRD), operation_id="o1")
+    await process.stock.confirm("o1")
+    await process.quiet()
+    await world.apply()
+    client: Any = process.client
+    for partition in process.engine.partitions:
+        await client.delete(partition.key("results:0"), partition.key("results:1"))
+    await process.stock.reserve(cart(SECOND, THIRD), operation_id="o1")
+    await process.quiet()
+    home = process.engine.home(HOME)
+    assert await client.hexists(home.key("reservations"), f"{HOME}\x1fo1")
+    upkeep = process.engine.upkeep
+    for partition in process.engine.partitions:
+        row = await world.ledger.partition(partition.number)
+        assert row is not None
+        entries = await upkeep.read_journal(partition.number, row.epoch, row.applied, None, 1000)
+        if entries:
+            await world.ledger.apply(partition.number, row.epoch, [decode(partition.number, row.epoch, *entry) for entry in entries])
+        for void in await world.ledger.pending_voids(partition.number, row.epoch):
+            await upkeep.void(partition.number, row.epoch, void)
+    assert not await client.hexists(home.key("reservations"), f"{HOME}\x1fo1")
+    assert await left(world) == [5, 4, 4]
+
+
+async def test_home_s_late_decision_is_taken_up_with_all_of_its_lines_or_refused(world: World) -> None:
+    process = world.process()
+    await process.stock.reserve(cart(*ALL), operation_id="o1")
+    home = process.engine.home(HOME)
+    _, body = (await process.engine.upkeep.read_journal(home.number, 1, 0, None, 100))[-1]
+    late = next(each for each in decode(home.number, 1, 9, body).operations if each.operation_id == "o1")
+    again = resubmission(late, 0)
+    assert again is not None
+    parts = json.loads(late.extra)["parts"]
+    assert again[3] == as_replied(late)[1]
+    assert len(again[3]) == 6
+    assert again[10] == [[number, mark] for number, mark, _, _ in parts]
+    # Where a part was given up since, there is no such call any more.
+    await process.quiet()
+    assert await process.stock.release("o1")
+    other = await process.stock.reserve(cart(*ALL), operation_id="o2")
+    await process.stock.undo(other)
+    entries = await process.engine.upkeep.read_journal(home.number, 1, 0, None, 100)
+    found = [each for sequence, text in entries for each in decode(home.number, 1, sequence, text).operations]
+    gone = next(each for each in found if each.operation_id == "o2" and each.kind == "reserve")
+    refused = await process.engine.upkeep.resubmit(home.number, 1, gone, 0)
+    assert refused == "closed"
     assert await left(world) == [5, 5, 5]
 
 

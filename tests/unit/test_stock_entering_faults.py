@@ -10,8 +10,10 @@ from redis.exceptions import OutOfMemoryError
 from inventory_sdk import errors
 from inventory_sdk.ledger.protocol import Entered, Entering, EpochClosed, LedgerUnavailable
 from inventory_sdk.metrics.events import Retried
+from inventory_sdk.model import key_of
 from inventory_sdk.stock import entering
-from tests.stock_kit import Shop, lines, shop_on
+from inventory_sdk.stock.batch import OVER
+from tests.stock_kit import MERCHANT, Shop, lines, shop_on
 
 
 def failing(shop: Shop, monkeypatch: pytest.MonkeyPatch, *reasons: str, committed: bool = False) -> None:
@@ -113,3 +115,46 @@ async def test_a_load_into_a_redis_without_memory_is_told_as_such(namespace: str
         monkeypatch.setattr(shop.engine.wire, "run", full)
         with pytest.raises(errors.JournalFull):
             await shop.stock.deduct(lines(cold=1), operation_id="o1")
+
+
+async def test_a_credit_is_not_made_in_an_epoch_whose_rebuild_has_included_it(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop_on("fakeredis", namespace, {"a": 1}) as shop:
+        real = shop.ledger.enter
+
+        async def enter(partition: int, epoch: int, operations: list[Entering], writes: Any = ()) -> list[Entered]:
+            done = await real(partition, epoch, operations, writes)
+            await shop.open(2)
+            return done
+
+        monkeypatch.setattr(shop.ledger, "enter", enter)
+        receipt = await shop.stock.restock(lines(a=5), operation_id="po-1")
+        assert [line.remaining for line in receipt.lines] == [6]
+        assert await shop.counters("a") == (6, 0)
+
+
+async def test_a_void_of_an_earlier_epoch_moves_nothing(namespace: str) -> None:
+    async with shop_on("fakeredis", namespace, {"a": 3}) as shop:
+        await shop.open(2)
+        key = key_of(MERCHANT, "\x1fvoid\x1f1-4-0")
+        void = ["void", key, "void", [key_of(MERCHANT, "a"), 1, 0], "", "", 0, '{"position":"1-4-0"}', "1-4", ""]
+        answer, _ = await shop.engine.send(shop.engine.partitions[0], void)
+        assert answer == [OVER]
+        assert await shop.counters("a") == (3, 0)
+
+
+async def test_a_suspicion_that_a_full_redis_can_not_be_told_ends_calls_in_an_error_of_ours(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shop_on("fakeredis", namespace, {"a": 3}) as shop:
+        await shop.stock.level("a")
+        run = shop.engine.wire.run
+
+        async def full(name: str, *arguments: Any) -> Any:
+            if name == "suspect":
+                raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+            return await run(name, *arguments)
+
+        monkeypatch.setattr(shop.engine.wire, "run", full)
+        shop.engine.partitions[0].doubt("went_back")
+        with pytest.raises(errors.Overloaded):
+            await shop.stock.restock(lines(a=1), operation_id="po-1")

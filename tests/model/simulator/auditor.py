@@ -88,6 +88,8 @@ class Auditor:
     counters: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     events: Counter[str] = field(default_factory=Counter)
     lost: set[Place] = field(default_factory=set)
+    rejected: set[str] = field(default_factory=set)
+    """Keys that ``on("rejected")`` has named."""
     undone: Counter[str] = field(default_factory=Counter)
     branches: list[float] = field(default_factory=list)
     confirmed: dict[Place, set[str]] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class Auditor:
             step = 3 if operation[0] == "void" else 2
             for name_of, left in zip(_lines(operation)[::step], operation[4] or (), strict=False):
                 self.counted(server, name_of, left)
-        self.world.trace("journal", f"{partition}/{name}", server.run_id, "; ".join(_told(op) for op in raw["ops"]))
+        self.world.trace("journal", f"{partition}/{name}", server.name, "; ".join(_told(op) for op in raw["ops"]))
 
     def branched(self, old: Server, new: Server, why: str) -> None:
         """``new`` goes on with what was kept of ``old``."""
@@ -181,6 +183,8 @@ class Auditor:
     async def told(self, name: str, facts: Mapping[str, Any]) -> None:
         """An event for ``@inventory.on``."""
         self.events[name] += 1
+        if name == "rejected":
+            self.rejected.add(f"{facts['merchant']}\x1f{facts['operation_id']}")
         self.world.trace("event", name, {key: value for key, value in facts.items() if key != "body"})
 
     # Replies -----------------------------------------------------------------------------------------------------------------------
@@ -249,6 +253,8 @@ class Auditor:
                 continue
             before: Place = tuple(other.receipt.positions[0])  # type: ignore[assignment]
             gone = self.undone[key] or self.is_forgotten(before) or self.is_forgotten(place)
+            # Beyond the results window the ledger finds the repeat, and voids it.
+            gone = gone or (self.world.forgets and attempt.ended - other.ended > self.world.forgets)
             self.must(gone, f"{attempt} was accepted at {place}, though {other} was at {before}")
 
     def is_forgotten(self, place: Place) -> bool:

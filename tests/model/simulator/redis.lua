@@ -134,7 +134,10 @@ local function drop_if_empty(key, held)
 end
 
 function commands.TIME() return {fmt('%.0f', math.floor(clock_ms / 1000)), fmt('%.0f', (clock_ms % 1000) * 1000 + clock_us)} end
-function commands.INFO() return '# Server\r\nredis_version:7.0.15\r\nrun_id:' .. run_id .. '\r\n' end
+function commands.INFO()
+  if run_id == '' then error("NOPERM this user has no permissions to run the 'info' command", 0) end
+  return '# Server\r\nredis_version:7.0.15\r\nrun_id:' .. run_id .. '\r\n'
+end
 function commands.PING() return {ok = 'PONG'} end
 
 function commands.TYPE(key)

@@ -107,7 +107,9 @@ class Server:
 
     def __init__(self, world: World, run_id: str, state: Any, skew_ms: int = 0) -> None:
         self.world = world
-        self.run_id = run_id
+        self.name = run_id
+        self.run_id = "" if world.anonymous else run_id
+        """What it tells of itself."""
         self.state = state
         self.skew_ms = skew_ms
         self.up = True
@@ -118,12 +120,22 @@ class Server:
         """Write groups that its replica has, and that its disk has."""
         self.alone = False
         """Its replica has been promoted and listens no more."""
+        self._life = 0
+        """How often it was emptied: what was on its way to copies then is gone."""
         self._waiting: list[tuple[str, int, Callable[[int], None]]] = []
         self.known: dict[bytes, bytes] = {}
         self.connections: dict[SimConnection, None] = {}
 
     def now_ms(self) -> int:
         return int((EPOCH + self.world.loop.time()) * 1000) + self.skew_ms
+
+    def flush(self) -> None:
+        """FLUSHALL: its copies follow."""
+        self.state = runtime().out[b"new"]()
+        self.copied = self.synced = 0
+        self._life += 1
+        for connection in self.connections:
+            connection.flushed()
 
     def length(self) -> int:
         """Write groups in the log."""
@@ -169,7 +181,7 @@ class Server:
         self._observe(added, counters)
         answer = lua.plain(reply) if fine else error_of(reply.decode(errors="replace"))
         if self.world.scripts is not None and not self.trouble:
-            self.world.scripts.append(ScriptCall(self.run_id, now_ms, text, list(keys), list(arguments), answer))
+            self.world.scripts.append(ScriptCall(self.name, now_ms, text, list(keys), list(arguments), answer))
         return answer
 
     # Copies and the disk -----------------------------------------------------------------------------------------------------
@@ -180,12 +192,13 @@ class Server:
         if self.world.copies and length > max(self.copied, self.synced):
             world = self.world
             lag = world.random.uniform(0.3, 4.0) if world.chance("replica_lags") else world.random.uniform(0.0003, 0.004)
-            world.later(lag, lambda: self._reached("copied", length))
-            world.later(world.random.uniform(0.001, 0.3), lambda: self._reached("synced", length))
+            life = self._life
+            world.later(lag, lambda: self._reached("copied", length, life))
+            world.later(world.random.uniform(0.001, 0.3), lambda: self._reached("synced", length, life))
         return length
 
-    def _reached(self, which: str, length: int) -> None:
-        if not self.up or (which == "copied" and self.alone):
+    def _reached(self, which: str, length: int, life: int) -> None:
+        if not self.up or life != self._life or (which == "copied" and self.alone):
             return
         setattr(self, which, max(getattr(self, which), length))
         for waiting in list(self._waiting):
@@ -278,6 +291,10 @@ class SimConnection:
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+    def flushed(self) -> None:
+        """The log began anew."""
+        self._wrote = 0
 
     def cut(self, error: str = "connection reset by peer") -> None:
         """The connection breaks: whoever waits hears of it."""

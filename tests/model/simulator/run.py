@@ -58,6 +58,9 @@ RATES: Final = {
     "replica_lags": 0.1,
     "killed_here": 0.002,
 }
+FOCUSED: Final = (
+    "delayed", "request_held", "reply_lost", "publish_lost", "publish_late", "confirm_lost", "ack_lost", "commit_broken", "commit_unheard",
+)  # fmt: skip
 EVENTS: Final = (
     "kill_caller",
     "kill_worker",
@@ -65,6 +68,7 @@ EVENTS: Final = (
     "redis_restarted",
     "redis_rolled_back",
     "redis_emptied",
+    "redis_flushed",
     "failed_over",
     "broker_restarted",
     "broker_emptied",
@@ -75,7 +79,7 @@ EVENTS: Final = (
 NAMESPACE: Final = "sim"
 PUBLISH_TIMEOUT: Final = 1.5
 WORKER: Final = {
-    "idle": 0.25,
+    "idle": 0.4,
     "take_over": 3.0,
     "credit_grace": 1.0,
     "first_delay": 0.02,
@@ -102,6 +106,10 @@ class Plan:
     faulty_start: bool
     spanning: float = 0.0
     copies: bool = False
+    anonymous: bool = False
+    scarce: bool = False
+    redis_timeout: float = 0.5
+    window: float = 86_400.0
 
 
 def plan_of(seed: int) -> Plan:
@@ -118,8 +126,11 @@ def plan_of(seed: int) -> Plan:
                 rates[kind] = rate * chance.choice((0.3, 1.0, 2.5))
         kinds = [kind for kind in EVENTS if chance.random() < share]
         # What is confirmed survives the loss of Redis or of the broker, not of both.
-        if any(kind.startswith(("redis_rolled", "redis_emptied", "failed")) for kind in kinds):
+        if any(kind.startswith(("redis_rolled", "redis_emptied", "redis_flushed", "failed")) for kind in kinds):
             kinds = [kind for kind in kinds if kind != "broker_emptied"]
+        if chance.random() < 0.3:
+            # One kind of trouble, far more often than the rest.
+            rates[chance.choice(FOCUSED)] = 0.25
         many = chance.choice((1, 2, 3, 5)) if kinds else 0
         events = [(chance.uniform(0.0, span), chance.choice(kinds)) for _ in range(many)]
     return Plan(
@@ -134,6 +145,10 @@ def plan_of(seed: int) -> Plan:
         faulty_start=chance.random() < 0.2,
         spanning=chance.choice((0.0, 0.3, 0.6)),
         copies=chance.random() < 0.3,
+        anonymous=chance.random() < 0.08,
+        scarce=chance.random() < 0.3,
+        redis_timeout=chance.choice((0.5, 0.5, 0.5, 2.5)),
+        window=15.0 if chance.random() < 0.03 else 86_400.0,
     )
 
 
@@ -188,10 +203,11 @@ class Run:
     def __init__(self, plan: Plan, tracing: bool) -> None:
         self.plan = plan
         rates = plan.rates if plan.faulty_start else {}
-        self.world = World(plan.seed, rates, tracing, plan.copies)
+        self.world = World(plan.seed, rates, tracing, plan.copies, plan.anonymous)
         self.world.bereaved = self.bereaved
+        self.world.forgets = plan.window if plan.window < 3600 else 0.0
         spanning = plan.spanning if plan.partitions > 1 else 0.0
-        self.scenario = Scenario(random.Random(f"scenario {plan.seed}"), plan.partitions, spanning, plan.copies)
+        self.scenario = Scenario(random.Random(f"scenario {plan.seed}"), plan.partitions, spanning, plan.copies, plan.scarce)
         self.sink = Sink(self.world)
         self.callers: list[tuple[Process, Inventory]] = []
         self.workers: list[tuple[Process, Any]] = []
@@ -211,7 +227,8 @@ class Run:
                 namespace=NAMESPACE,
                 partitions=self.plan.partitions,
                 metrics=[self.sink],
-                redis_timeout=0.5,
+                redis_timeout=self.plan.redis_timeout,
+                results_window=self.plan.window,
                 lanes={},
             )
         for name in ("lost", "rejected", "duplicate", "frozen", "recovered", "fork", "late_entry", "unreadable"):
@@ -284,6 +301,10 @@ class Run:
         if cancel and self.world.chance("caller_cancelled"):
             self.world.later(self.world.random.choice((0.0, 0.0005, 0.002, 0.02, 0.5)), lambda: process.dead or task.cancel())
         return attempt
+
+    def _soon(self, call: Call) -> None:
+        """Somebody is quick."""
+        self.world.later(self.world.random.choice((0.0, 0.002, 0.01, 0.05)), lambda: self.call(call))
 
     async def _make(self, inventory: Inventory, call: Call, attempt: Attempt) -> None:
         auditor = self.world.auditor
@@ -376,6 +397,8 @@ class Run:
             world.crash_redis(chance.randint(1, 12), chance.uniform(0.05, 2.0))
         elif kind == "redis_emptied":
             world.crash_redis(None, chance.uniform(0.05, 2.0))
+        elif kind == "redis_flushed":
+            world.flush_redis()
         elif kind == "failed_over":
             world.fail_over(chance.randint(0, 8), chance.choice((0.0, 0.3, 2.0)))
         elif kind == "broker_restarted":
@@ -432,10 +455,14 @@ class Run:
             else:
                 for _ in range(chance.choice((1, 1, 1, 3))):
                     self.call(self.scenario.next())
+                while self.scenario.soon:
+                    self._soon(self.scenario.soon.pop())
         await asyncio.sleep(chance.uniform(0.0, 3.0))
         self.heal()
         await self._quiet()
         final.audit(world, plan.partitions)
+        if world.forgets:
+            await asyncio.sleep(2 * plan.window + 3.0)
         await self._repeat()
         await self._quiet()
         final.audit(world, plan.partitions)
@@ -466,7 +493,7 @@ class Run:
             attempt = self.call(call, cancel=False)
             assert attempt is not None
             await self._until(lambda attempt=attempt: attempt.state != "running", f"{attempt} waits for ever", step=0.01)
-            if stands and attempt.state == "done":
+            if stands and attempt.state == "done" and not world.forgets:
                 assert attempt.receipt is not None
                 world.auditor.must(attempt.receipt.replayed, f"{attempt} stands and was accepted again")
 

@@ -38,6 +38,10 @@ class Scenario:
     """How often a line is of a shop in another partition."""
     copies: bool = False
     """Whether levels ``replica`` and ``aof`` are asked for."""
+    scarce: bool = False
+    """Whether there is little of everything."""
+    soon: list[Call] = field(default_factory=list)
+    """Calls that others make at once, behind the last one."""
     merchants: dict[int, list[str]] = field(default_factory=dict)
     """Partition → shops."""
     supply: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -60,7 +64,8 @@ class Scenario:
                     shops.append(name)
             self.merchants[partition] = shops
             for shop in shops:
-                self.supply[shop] = {sku: chance.choice((3, 8, 20, 60)) for sku in ("red", "green", "blue/ü")[: chance.randint(1, 3)]}
+                units = (2, 3) if self.scarce else (3, 8, 20, 60)
+                self.supply[shop] = {sku: chance.choice(units) for sku in ("red", "green", "blue/ü")[: chance.randint(1, 3)]}
 
     def next(self) -> Call:
         """The next call, whoever makes it."""
@@ -72,6 +77,7 @@ class Scenario:
             (10, lambda: self._close("release")),
             (4, self._extend),
             (3, lambda: self._enter("restock")),
+            (3, self._arrival),
             (2, lambda: self._enter("adjust")),
             (4, self._take_back),
             (4, self._undo),
@@ -180,6 +186,21 @@ class Scenario:
         merchant = self._shop()
         lines, flat = self._lines(merchant)
         return Call(kind, merchant, self._name() if self.random.random() < 0.8 else None, {"lines": lines}, flat, None)
+
+    def _arrival(self) -> Call:
+        """A SKU that nobody had, and others who want it at once: it is loaded into Redis while it is sold."""
+        merchant = self._shop()
+        sku = f"new-{self._name()}"
+        units = self.random.randint(2, 6)
+        self.supply[merchant][sku] = units
+        for _ in range(self.random.randint(1, 4)):
+            quantity = self.random.randint(1, 2)
+            wanted = [Line(sku, quantity)]
+            call = Call("deduct", merchant, self._name(), {"lines": wanted}, flat_of(wanted, merchant), self._level())
+            self.soon.append(call)
+            self.calls.append(call)
+        lines = [Line(sku, units)]
+        return Call("restock", merchant, self._name(), {"lines": lines}, flat_of(lines, merchant))
 
     def _take_back(self) -> Call | None:
         if not self.sales:

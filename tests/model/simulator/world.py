@@ -94,7 +94,7 @@ class World:
     bereaved: Callable[[Process], None] = staticmethod(lambda process: None)
     """Told of a process that died by itself: somebody starts another one."""
 
-    def __init__(self, seed: int, rates: Mapping[str, float], tracing: bool = False, copies: bool = False) -> None:
+    def __init__(self, seed: int, rates: Mapping[str, float], tracing: bool = False, copies: bool = False, anonymous: bool = False) -> None:
         self.seed = seed
         self.random = random.Random(seed)
         self.loop = VirtualLoop()
@@ -104,6 +104,10 @@ class World:
         self.tracing = tracing
         self.copies = copies
         """Whether Redis has a replica and an append-only file that calls may wait for."""
+        self.anonymous = anonymous
+        """Whether Redis' user may not ask who the server is: then only sequences and nonces tell that it went back."""
+        self.forgets = 0.0
+        """Seconds after which Redis forgets what was done; 0: not in this life."""
         self.over = False
         self.scripts: list[ScriptCall] | None = None
         """Every script call, where somebody wants to compare."""
@@ -154,8 +158,14 @@ class World:
         new.up = False
         self.redis = new
         self.auditor.branched(old, new, "emptied" if forget is None else "rolled_back")
-        self.trace("redis", f"crashed, {kept} of {count} writes survive, back in {seconds:.2f} s as {new.run_id}")
+        self.trace("redis", f"crashed, {kept} of {count} writes survive, back in {seconds:.2f} s as {new.name}")
         self.later(seconds, lambda: setattr(new, "up", True))
+
+    def flush_redis(self) -> None:
+        """Somebody empties the running server."""
+        self.redis.flush()
+        self.auditor.branched(self.redis, self.redis, "emptied")
+        self.trace("redis", "flushed")
 
     def fail_over(self, behind: int, stuck: float) -> None:
         """A replica that is ``behind`` writes takes over; the old primary goes on serving whoever is connected for ``stuck`` s."""
@@ -167,7 +177,7 @@ class World:
         self.redis = new
         self.old.append(old)
         self.auditor.branched(old, new, "failed_over")
-        self.trace("redis", f"failed over to {new.run_id} with {kept} of {count} writes; old one stuck for {stuck:.2f} s")
+        self.trace("redis", f"failed over to {new.name} with {kept} of {count} writes; old one stuck for {stuck:.2f} s")
 
         def demote() -> None:
             old.demoted = True
