@@ -129,6 +129,10 @@ class Partition:
             if self.suspicion:
                 await self.report()
             hello = await self.hello()
+            if self.suspicion:
+                # This very answer was from before what was seen.
+                await self.report()
+                raise self.frozen("suspect")
         except ReplyLost as error:
             raise NotExecuted(str(error)) from error
         if hello.epoch is None or hello.state != "open" or not hello.run_id_kept:

@@ -485,3 +485,13 @@ async def test_a_rebuild_of_many_rows_comes_in_chunks(shop: Shop, monkeypatch: p
         f"s{n}": (n - (1 <= n < 40) - (10 <= n < 40), int(1 <= n < 40)) for n in range(50)
     }
     assert int(await shop.client.hget(shop.key("meta"), "chunk")) > 20
+
+
+async def test_a_process_that_has_seen_more_than_redis_says_is_frozen_and_tells_it(shop: Shop) -> None:
+    partition = shop.engine.partitions[0]
+    await partition.hello()
+    partition.sequence += 5
+    partition.forget()
+    with pytest.raises(errors.StockFrozen):
+        await partition.known()
+    assert await shop.client.hget(shop.key("meta"), "state") == b"suspect"

@@ -215,6 +215,8 @@ def _parts(world: World) -> None:
 def _effect(row: list[Any], takes: dict[tuple[str, str], str]) -> tuple[int, ...] | None:
     kind = row[_AT["kind"]]
     if kind == "undo":
+        if not json.loads(row[_AT["receipt"]])[0]:
+            return None  # of a take that went with a named loss
         return tuple(-each for each in EFFECTS[takes[row[_AT["reference"]], row[_AT["fingerprint"]]]])
     if kind == "adjust" and row[_AT["epoch"]] == 0:
         return EFFECTS["restock"]

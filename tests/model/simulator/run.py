@@ -490,6 +490,7 @@ class Run:
         for call in world.random.sample(chosen, min(6, len(chosen))):
             key = f"{call.merchant}\x1f{call.name}"
             stands = key in world.database.tables.claims
+            await self._until(lambda: any(not process.dead for process, _ in self.callers), "no caller lives")
             attempt = self.call(call, cancel=False)
             assert attempt is not None
             await self._until(lambda attempt=attempt: attempt.state != "running", f"{attempt} waits for ever", step=0.01)
