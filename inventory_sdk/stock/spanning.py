@@ -413,12 +413,11 @@ class _Work:
         await self._give_up()
         if row is None:
             raise refused([REPLAY])
-        if row.fingerprint != fingerprint(self.taking.kind, "", self.taking.flat):
-            raise OperationConflict(self._name)
+        first = _Decided(self._from_row(row), None)
         held = await self.engine.ledger.reservation(self.taking.key)
         if held is not None and held.state in ("released", "expired"):
             raise closed(self._name, held.state)
-        return _Decided(self._from_row(row), None)
+        return first
 
     # Receipts ------------------------------------------------------------------------------------------------------------
 
@@ -430,6 +429,8 @@ class _Work:
         return receipt_of(name, taking.kind, merchant, order, flat, remaining, positions, taking.level, replayed, taking.sign)
 
     def _from_row(self, row: OperationRow) -> Receipt:
+        if row.fingerprint != fingerprint(self.taking.kind, "", self.taking.flat):
+            raise OperationConflict(self._name)  # Redis had forgotten the first one
         flat, remaining = merged(row.lines, row.remaining, row.parts)
         positions = (row.position, *(Instance(part[0], part[1]).position for part in row.parts if part[1]))
         return self._receipt(flat, remaining, positions, row.order, replayed=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from inventory_sdk import DurabilityNotReached, Inventory, Line
+from inventory_sdk import DurabilityNotReached, Inventory, Line, OperationConflict
 from inventory_sdk.ledger.protocol import OperationRow
 from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import Position
@@ -25,3 +25,17 @@ async def test_a_position_that_the_ledger_gave_to_another_entry_is_no_acknowledg
             await inventory.stock.deduct([Line("a", 1)], operation_id="o1", durability="database")
         monkeypatch.undo()
         assert (await inventory.stock.deduct([Line("a", 1)], operation_id="o1", durability="database")).replayed
+
+
+async def test_an_id_that_redis_has_forgotten_is_not_good_for_other_content() -> None:
+    inventory = Inventory("memory://", metrics=[NoMetrics()])
+    async with inventory:
+        await inventory.stock.restock([Line("a", 5), Line("b", 5)], operation_id="po-1")
+        await inventory.stock.deduct([Line("a", 1)], operation_id="o1", durability="database")
+        running = inventory._ready()
+        partition = running.engine.partitions[0]
+        await running.client.delete(partition.key("results:0"), partition.key("results:1"))
+        with pytest.raises(OperationConflict):
+            await inventory.stock.deduct([Line("b", 2)], operation_id="o1", durability="database")
+        await inventory.settled()
+        assert [(row.sku, row.available) for row in await inventory.ledger.all_stock()] == [("a", 4), ("b", 5)]

@@ -357,9 +357,10 @@ def _survived(world: World, attempt: Attempt) -> None:
             return
         auditor.must(key in tables.claims or world.forgets, f"{where}, was voided as a duplicate of nothing")
     elif status == "rejected":
-        # What leans on an entry that its Redis lost can't stand either.
-        auditor.must(receipt.durability == "redis", f"{where}, was rejected")
-        auditor.must(any(entry.lost_by for entries in auditor.entries.values() for entry in entries), f"{where}, was rejected")
+        # What leans on an entry that its Redis lost can't stand either, where its level does not survive that.
+        beyond = BEYOND[receipt.durability]
+        lost = any(entry.lost_by in beyond for entries in auditor.entries.values() for entry in entries)
+        auditor.must(lost, f"{where}, was rejected")
         auditor.tolerated[f"rejected {receipt.durability}"] += 1
 
 
