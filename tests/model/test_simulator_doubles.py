@@ -19,7 +19,8 @@ from tests.model.simulator.redis import ScriptCall, runtime
 from tests.model.simulator.run import Run, plan_of, play
 from tests.stock_kit import plain_client
 
-SEEDS = range(9000, 9012)
+SEEDS = (*range(9000, 9004), 9048, 9078, 9114, 9143)
+"""The last ones repeat ids that Redis has forgotten, or fork: their ledgers refuse."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ async def test_the_small_redis_answers_as_a_real_one(played: list[Run], redis_ur
         for number, run in enumerate(played):
             calls = run.world.scripts or []
             # One server's life: what a failover does to a state, no real Redis can be told.
-            first = [call for call in calls if call.run_id == "run0001"]
+            first = [call for call in calls if call.life == "run0001.0"]
             place = f"{namespace}{number}"
             for call in first:
                 answer = await _say(client, call, place)
@@ -67,7 +68,7 @@ async def test_the_small_redis_answers_as_a_real_one(played: list[Run], redis_ur
                     continue
                 assert answer == call.answer, f"seed {run.plan.seed}: {call.arguments}"
                 compared += 1
-            if all(call.run_id == "run0001" for call in calls):
+            if all(call.life == "run0001.0" for call in calls) and "redis_flushed" not in run.world.injected:
                 await _same_keys(client, run, place)
     finally:
         async for key in client.scan_iter(match=f"{{{namespace}*"):

@@ -94,6 +94,8 @@ def runtime() -> Runtime:
 class ScriptCall:
     """What a server was told and what it said, for the comparison with a real one."""
 
+    life: str
+    """Of which server, until it was emptied."""
     run_id: str
     now_ms: int
     text: bytes
@@ -181,7 +183,7 @@ class Server:
         self._observe(added, counters)
         answer = lua.plain(reply) if fine else error_of(reply.decode(errors="replace"))
         if self.world.scripts is not None and not self.trouble:
-            self.world.scripts.append(ScriptCall(self.name, now_ms, text, list(keys), list(arguments), answer))
+            self.world.scripts.append(ScriptCall(f"{self.name}.{self._life}", self.run_id, now_ms, text, list(keys), list(arguments), answer))
         return answer
 
     # Copies and the disk -----------------------------------------------------------------------------------------------------

@@ -256,6 +256,7 @@ class Run:
 
         async def live() -> None:
             self.callers.append((process, await self._started(process)))
+            process.ready = True
             self.starting -= 1
 
         self.world.loop.begin(process, live(), process.name)
@@ -270,6 +271,7 @@ class Run:
             inventory = await self._started(process)
             worker = inventory._ready().make_worker(**WORKER)
             self.workers.append((process, (inventory, worker)))
+            process.ready = True
             self.starting -= 1
             await worker.start()
             await worker.wait()
@@ -278,8 +280,9 @@ class Run:
 
     def bereaved(self, process: Process) -> None:
         """It died at one of its awaits; a supervisor starts another one."""
-        starting = all(process is not each for each, _ in (*self.callers, *self.workers))
-        if starting:
+        if process.leaving:
+            return  # it has its successor
+        if not process.ready:
             self.starting -= 1
         begin = self.begin_worker if process.name.startswith("worker") else self.begin_caller
         self.world.later(self.world.random.uniform(0.1, 2.0), begin)
@@ -384,6 +387,7 @@ class Run:
                 return
             process, (inventory, worker) = chance.choice(living)
             self.workers = [each for each in self.workers if each[0] is not process]
+            process.leaving = True
 
             async def stop() -> None:
                 await worker.stop()

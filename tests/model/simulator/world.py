@@ -65,6 +65,10 @@ class Process:
         self.world = world
         self.name = name
         self.dead = False
+        self.ready = False
+        """It has started."""
+        self.leaving = False
+        """It was told to stop."""
 
     async def away(self, seconds: float) -> None:
         """Be on the network for so long."""
