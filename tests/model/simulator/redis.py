@@ -183,7 +183,8 @@ class Server:
         self._observe(added, counters)
         answer = lua.plain(reply) if fine else error_of(reply.decode(errors="replace"))
         if self.world.scripts is not None and not self.trouble:
-            self.world.scripts.append(ScriptCall(f"{self.name}.{self._life}", self.run_id, now_ms, text, list(keys), list(arguments), answer))
+            life = f"{self.name}.{self._life}"
+            self.world.scripts.append(ScriptCall(life, self.run_id, now_ms, text, list(keys), list(arguments), answer))
         return answer
 
     # Copies and the disk -----------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ RATES: Final = {
     "commit_unheard": 0.04,
     "caller_cancelled": 0.06,
     "replica_lags": 0.1,
+    "struck": 0.05,
     "killed_here": 0.002,
 }
 FOCUSED: Final = (
@@ -131,6 +132,8 @@ def plan_of(seed: int) -> Plan:
         if chance.random() < 0.3:
             # One kind of trouble, far more often than the rest.
             rates[chance.choice(FOCUSED)] = 0.25
+        if "broker_emptied" in kinds:
+            rates.pop("struck", None)
         many = chance.choice((1, 2, 3, 5)) if kinds else 0
         events = [(chance.uniform(0.0, span), chance.choice(kinds)) for _ in range(many)]
     return Plan(
@@ -215,6 +218,7 @@ class Run:
         self.numbers = count(1)
         self.names = count(1)
         self.starting = 0
+        self.strikes = 2
         self.closing = False
 
     # Processes -------------------------------------------------------------------------------------------------------------------
@@ -327,6 +331,20 @@ class Run:
             return
         auditor.answered(attempt, receipt)
         self.scenario.accepted(call, receipt)
+        self._struck(receipt.durability)
+
+    def _struck(self, level: str) -> None:
+        """At once after an answer: the worst that its level survives."""
+        world = self.world
+        if not self.strikes or level not in ("replica", "aof", "queue") or not world.chance("struck"):
+            return
+        self.strikes -= 1
+        if level == "replica":
+            world.fail_over(12, 0.3)
+        elif level == "aof":
+            world.crash_redis(12, 0.2)
+        else:
+            world.flush_redis()
 
     async def _perform(self, inventory: Inventory, call: Call) -> Any:
         stock = inventory.stock
