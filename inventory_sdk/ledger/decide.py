@@ -406,7 +406,9 @@ class Verdicts:
         if not self._move(operation.lines, per_unit):
             self._refuse(operation, extra, "insufficient", freeze=True)
             return
-        self._claim(operation, self._accept(operation, extra))
+        row = self._accept(operation, extra)
+        row[KEPT] = bool(extra.get("kept"))
+        self._claim(operation, row)
         if self._moving:
             self._tell(operation, per_unit, extra, None, "")
 

@@ -23,7 +23,7 @@ from inventory_sdk.errors import InventoryError, JournalFull, OutcomeUnknown, Ov
 from inventory_sdk.metrics.events import BatchSent, Metrics, Retried
 from inventory_sdk.model import Position
 from inventory_sdk.stock.journal import decode
-from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.partition import Hello, Partition
 from inventory_sdk.stock.parts import as_replied
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
@@ -356,13 +356,15 @@ class Batcher:
         while True:
             try:
                 hello = await partition.hello()
-                if hello.epoch is None or str(hello.epoch) != epoch or not hello.run_id_kept or hello.sequence < after:
-                    # Redis is not the one it was: its journal can't tell any more.
-                    partition.forget()
-                    self._fail(batch, None, reason=f"{reason}; and the partition has changed since")
-                    return []
-                entry = await self._find(nonce, int(epoch), after, hello.sequence)
-                break
+                same = _still(hello, epoch, after)
+                entry = await self._find(nonce, int(epoch), after, hello.sequence) if same else None
+                # It says that nothing was done only if it was whole until it was read.
+                if entry is not None or (same and _still(await partition.hello(), epoch, hello.sequence)):
+                    break
+                # Redis is not the one it was: its journal can't tell any more.
+                partition.forget()
+                self._fail(batch, None, reason=f"{reason}; and the partition has changed since")
+                return []
             except (NotExecuted, ReplyLost, ResponseError) as error:
                 self._metrics.record(Retried("redis", "recover"))
                 if time.monotonic() > give_up:
@@ -463,6 +465,11 @@ class Batcher:
                 item.future.set_exception(OutcomeUnknown(_name(item.operation), reason))
             else:
                 item.future.set_exception(_copy(error, cause))
+
+
+def _still(hello: Hello, epoch: str, after: int) -> bool:
+    """Whether Redis is the one that it was, and no shorter."""
+    return hello.epoch is not None and str(hello.epoch) == epoch and hello.run_id_kept and hello.sequence >= after
 
 
 def _given_back(batch: list[_Waiting], answers: list[list[Any]]) -> set[str]:

@@ -53,7 +53,9 @@ def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
         take = [kind, key, mark, list(lines), order, "", left, extra, "", ""]
         if '"parts":' in extra:
             # Once more the one decision: refused where a part of it was given up meanwhile.
-            take += [[[part[0], part[1]] for part in json.loads(extra)["parts"]], list(remaining)]
+            said = json.loads(extra)
+            take[9] = "k" if said.get("kept") else ""
+            take += [[[part[0], part[1]] for part in said["parts"]], list(remaining)]
         return take
     if kind in (Kind.CONFIRM, Kind.REACQUIRE):
         whole = mark == fingerprint(Kind.CONFIRM, reference, ())

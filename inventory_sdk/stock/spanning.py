@@ -320,11 +320,15 @@ class _Work:
             flat = each.part.flat
             listed.append([each.part.instance.partition, each.part.instance.mark, flat, list(each.remaining)])
             there.update(zip(flat[::2], each.remaining, strict=True))
-        extra = json.dumps({**(json.loads(taking.extra) if taking.extra else {}), "parts": listed}, separators=(",", ":"))
+        said = {**(json.loads(taking.extra) if taking.extra else {}), "parts": listed}
+        for_good = not taking.undoable and taking.kind != Kind.RESERVE
+        if for_good:
+            said["kept"] = True  # so that a rebuild knows it too
+        extra = json.dumps(said, separators=(",", ":"))
         mark = fingerprint(taking.kind, "", taking.flat)
         operation: list[Any] = [
             taking.kind, taking.key, mark, taking.spread.lines, taking.order, "", taking.hold_ms, extra, "",
-            ("" if taking.undoable or taking.kind == Kind.RESERVE else "k") + FLAGS.get(taking.level, ""),
+            ("k" if for_good else "") + FLAGS.get(taking.level, ""),
             [[each.part.instance.partition, each.part.instance.mark] for each in self.prepared],
             [there.get(name, 0) for name in taking.flat[::2]],
         ]  # fmt: skip

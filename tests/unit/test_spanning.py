@@ -28,6 +28,7 @@ from inventory_sdk.model import Position, Shortage, partition_of
 from inventory_sdk.stock import deciding, spanning
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.parts import as_replied, call_of
+from inventory_sdk.stock.records import tombstone
 from inventory_sdk.stock.resubmit import resubmission
 from inventory_sdk.stock.wire import ReplyLost
 from inventory_sdk.sync.following import Following
@@ -395,6 +396,44 @@ async def test_a_rebuilt_partition_knows_its_parts_and_its_decisions(world: Worl
     await world.resolve()
     assert await left(world) == [5, 4, 5]
     assert not await world.open_parts()
+
+
+async def test_a_rebuilt_home_does_not_undo_what_its_parts_have_sold(world: World) -> None:
+    process = world.process()
+    sale = await process.stock.deduct(cart(*ALL), operation_id="o1")
+    await process.quiet()
+    await world.apply()
+    number = partition_of(HOME, PARTITIONS)
+    raised = await world.ledger.raise_epoch(number, 1)
+    assert raised is not None
+    await rebuild(process.engine.upkeep, world.ledger, MemoryQueue(), raised)
+    assert not await world.process().stock.undo(sale)
+    assert await left(world) == [4, 4, 4]
+
+
+async def test_parts_follow_the_ledger_where_home_has_but_a_late_tombstone(world: World) -> None:
+    process = world.process()
+    held = await process.stock.reserve(cart(*ALL), operation_id="o1")
+    await process.quiet()
+
+    def stays(name: str, arguments: Sequence[Any]) -> None:
+        if any(op[0] == "follow" for op in operations(name, arguments)):
+            raise RedisConnectionError("cut off")
+
+    process.on_call = stays
+    await process.stock.release("o1")
+    await process.quiet()
+    assert len(await world.open_parts()) == 2
+    await world.apply()
+    home = process.engine.home(HOME)
+    client: Any = process.client
+    for window in ("results:0", "results:1"):
+        if await client.hexists(home.key(window), f"{HOME}\x1fo1\x1f"):
+            await client.hset(home.key(window), f"{HOME}\x1fo1\x1f", tombstone(f"1-{held.positions[0].sequence + 9}"))
+    process.on_call = None
+    await world.resolve()
+    assert not await world.open_parts()
+    assert await left(world) == [5, 5, 5]
 
 
 async def test_what_redis_has_forgotten_is_asked_of_the_ledger_only_once_it_has_applied_homes_journal(

@@ -13,6 +13,8 @@ import pytest
 from inventory_sdk import errors
 from inventory_sdk.ledger.protocol import Balance, EpochClosed, ReservationRow, Void
 from inventory_sdk.model import Line, Position, key_of
+from inventory_sdk.stock import batch
+from inventory_sdk.stock.wire import ReplyLost
 from tests.stock_kit import MERCHANT, SERVERS, FakeRebuilding, Shop, lines, on_client, shop_on
 
 
@@ -495,3 +497,26 @@ async def test_a_process_that_has_seen_more_than_redis_says_is_frozen_and_tells_
     with pytest.raises(errors.StockFrozen):
         await partition.known()
     assert await shop.client.hget(shop.key("meta"), "state") == b"suspect"
+
+
+async def test_a_redis_that_is_emptied_while_its_journal_is_searched_says_nothing_of_a_lost_reply(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read, lost = shop.engine.wire.run, batch.read_entries, list[str]()
+
+    async def losing(name: str, *arguments: Any) -> Any:
+        answer = await run(name, *arguments)
+        if name == "batch" and not lost:
+            lost.append(name)
+            raise ReplyLost("cut off")
+        return answer
+
+    async def emptied(*arguments: Any) -> Any:
+        await shop.client.delete(*shop.engine.partitions[0].keys)
+        return await read(*arguments)
+
+    monkeypatch.setattr(shop.engine.wire, "run", losing)
+    monkeypatch.setattr(shop.engine.wire, "timeout", 0.05)
+    monkeypatch.setattr(batch, "read_entries", emptied)
+    with pytest.raises(errors.OutcomeUnknown):
+        await shop.stock.deduct(lines(a=1), operation_id="o1")

@@ -74,6 +74,9 @@ class Entry:
     nonce: str
     operations: list[list[Any]]
     body: str
+    server: Server
+    at: int
+    """How long that server's log was then."""
     lost_by: str = ""
     """What befell Redis that the one which goes on does not have it: ``emptied``, ``rolled_back``, ``failed_over``."""
 
@@ -123,7 +126,8 @@ class Auditor:
         raw = json.loads(body)
         epoch, _, sequence = name.partition("-")
         place = (partition, int(epoch), int(sequence))
-        entry = Entry(place, raw["n"], raw["ops"], body, "failed_over" if server is not self.world.redis else "")
+        lost_by = "failed_over" if server is not self.world.redis else ""
+        entry = Entry(place, raw["n"], raw["ops"], body, server, server.length(), lost_by)
         self.entries.setdefault(place, []).append(entry)
         for operation in raw["ops"]:
             # Later operations of the same batch see these, though they are never written one by one.
@@ -267,6 +271,12 @@ class Auditor:
         if receipt.durability == "queue":
             safe = known or place in self.world.broker.ever_confirmed
             self.must(safe, f"{attempt} was acknowledged at queue, and neither queue nor ledger have {place}")
+        elif receipt.durability in ("replica", "aof") and not known:
+            which = "copied" if receipt.durability == "replica" else "synced"
+            for entry in self.entries.get(place, ()):
+                # What another server has taken over, its own copies have.
+                has = entry.lost_by or entry.server is not self.world.redis or getattr(entry.server, which) >= entry.at
+                self.must(has, f"{attempt} was acknowledged at {receipt.durability}, and {place} is not {which} yet")
         elif receipt.durability == "database":
             self.must(known, f"{attempt} was acknowledged at database, and the ledger does not have {place}")
 
