@@ -311,16 +311,17 @@ class Running:
             task = asyncio.create_task(self.ledger.operations_at([position]), name="inventory verdicts")
             self._verdicts[position] = task
             task.add_done_callback(lambda _: self._verdicts.pop(position, None))
-        for row in await asyncio.shield(task):
-            if row.key != key or row.status in ("applied", "undone"):
-                continue
-            first = await self.ledger.operation(key)
-            if row.status == "duplicate" and first is not None:
-                return first
-            raise InsufficientStock(
-                [Shortage(*split_key(field), quantity, 0) for field, quantity in zip(row.lines[::2], row.lines[1::2], strict=True)]
-            )
-        return None
+        row = next((row for row in await asyncio.shield(task) if row.key == key), None)
+        if row is None:
+            raise DurabilityNotReached("database", position, None, None, "the ledger has another entry at its position")
+        if row.status in ("applied", "undone"):
+            return None
+        first = await self.ledger.operation(key)
+        if row.status == "duplicate" and first is not None:
+            return first
+        raise InsufficientStock(
+            [Shortage(*split_key(field), quantity, 0) for field, quantity in zip(row.lines[::2], row.lines[1::2], strict=True)]
+        )
 
     async def _open_balances(self, engine: Engine, partition: Partition, fields: Sequence[str]) -> None:
         reads = self._hooks.reads_stock

@@ -324,7 +324,8 @@ class Verdicts:
         if operation.kind in CLAIMING:
             self.known.refused.add(operation.key)
         per_unit = signs or VOID_OF.get(operation.kind)
-        if per_unit is not None and lines:
+        # Home's take is a hold or a result in Redis also where all of its lines are elsewhere.
+        if per_unit is not None and (lines or (operation.kind in UNDOABLE and "parts" in extra)):
             available, reserved = per_unit
             deltas = []
             for at in range(0, len(lines), 2):
@@ -405,7 +406,9 @@ class Verdicts:
         if not self._move(operation.lines, per_unit):
             self._refuse(operation, extra, "insufficient", freeze=True)
             return
-        self._claim(operation, self._accept(operation, extra))
+        row = self._accept(operation, extra)
+        row[KEPT] = bool(extra.get("kept"))
+        self._claim(operation, row)
         if self._moving:
             self._tell(operation, per_unit, extra, None, "")
 

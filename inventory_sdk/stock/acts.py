@@ -273,7 +273,7 @@ class Acts:
                         orphaned((answer, batch))
                     raise
                 if first is not None:
-                    return _first_receipt(first, kind, level)
+                    return _first_receipt(first, kind, level, fingerprint(kind, "", flat))
             remaining: Sequence[int] = answer[1] if code == DONE_LINES else answer[1:]
             return receipt(name, kind, merchant, order, flat, remaining, position, level, False, signed)
         if code == ASK_LEDGER:
@@ -291,7 +291,7 @@ class Acts:
             if level != "redis":
                 first = await self._reach(engine, position, level, key, batch)
                 if first is not None:
-                    return _first_receipt(first, kind, level)
+                    return _first_receipt(first, kind, level, fingerprint(kind, "", flat))
             return receipt(name, kind, merchant, record.order or None, flat, remaining, position, level, True, signed)
         raise error(answer, name, name)
 
@@ -445,8 +445,10 @@ def _named(home: str) -> str | None:
     return None if named is None else named.spend(home)
 
 
-def _first_receipt(row: OperationRow, kind: str, level: str) -> Receipt:
+def _first_receipt(row: OperationRow, kind: str, level: str, mark: str) -> Receipt:
     merchant, name = split_key(row.key)
+    if row.fingerprint != mark:
+        raise OperationConflict(name)  # Redis had forgotten the first one
     sign = -1 if kind == Kind.ADJUST else 1
     return receipt(name, kind, merchant, row.order or None, row.lines, row.remaining, row.position, level, True, sign)
 

@@ -24,7 +24,8 @@ from inventory_sdk.errors import InventoryError, JournalFull, OutcomeUnknown, Ov
 from inventory_sdk.metrics.events import BatchSent, Metrics, Retried
 from inventory_sdk.model import Position
 from inventory_sdk.stock.journal import decode
-from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.partition import Hello, Partition
+from inventory_sdk.stock.parts import as_replied
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ DONE_LINES: Final = -1
     NOT_DUE,
     ASK_LEDGER,
     GIVEN_UP,
-) = range(15)
+    OVER,
+) = range(16)
 """Codes of the batch script's answers."""
 AWAY: Final = 30
 """The database sells it, or is about to: [30, field, …]."""
@@ -77,6 +79,7 @@ _REASONS: Final = {
     ASK_LEDGER: "forgotten",
     AWAY: "away",
     GIVEN_UP: "part_given_up",
+    OVER: "epoch_over",
 }
 
 TAKES: Final = frozenset({"reserve", "deduct", "adjust"})
@@ -366,13 +369,15 @@ class Batcher:
         while True:
             try:
                 hello = await partition.hello()
-                if hello.epoch is None or str(hello.epoch) != epoch or not hello.run_id_kept or hello.sequence < after:
-                    # Redis is not the one it was: its journal can't tell any more.
-                    partition.forget()
-                    self._fail(batch, None, reason=f"{reason}; and the partition has changed since")
-                    return []
-                entry = await self._find(nonce, int(epoch), after, hello.sequence)
-                break
+                same = _still(hello, epoch, after)
+                entry = await self._find(nonce, int(epoch), after, hello.sequence) if same else None
+                # It says that nothing was done only if it was whole until it was read.
+                if entry is not None or (same and _still(await partition.hello(), epoch, hello.sequence)):
+                    break
+                # Redis is not the one it was: its journal can't tell any more.
+                partition.forget()
+                self._fail(batch, None, reason=f"{reason}; and the partition has changed since")
+                return []
             except (NotExecuted, ReplyLost, ResponseError) as error:
                 self._metrics.record(Retried("redis", "recover"))
                 if time.monotonic() > give_up:
@@ -396,7 +401,7 @@ class Batcher:
             found.append(item)
             # A second operation of the batch with the same key was a replay, and will find the first one's record.
             del done[operation.key]
-            answers.append([DONE_LINES, operation.remaining, operation.lines, operation.order])
+            answers.append([DONE_LINES, *as_replied(operation), operation.order])
         # What its sales rest on was in the lost reply.
         self._deliver(found, answers, int(epoch), sequence, body, time.perf_counter() - started, None)
         return rest
@@ -484,6 +489,11 @@ def _tell_takes(answered: Callable[[str, bool], None], batch: list[_Waiting], an
         kind, key = item.operation[:2]
         if kind in TAKES and answer[0] not in UNANSWERED:
             answered(key.partition("\x1f")[0], answer[0] <= REPLAY)
+
+
+def _still(hello: Hello, epoch: str, after: int) -> bool:
+    """Whether Redis is the one that it was, and no shorter."""
+    return hello.epoch is not None and str(hello.epoch) == epoch and hello.run_id_kept and hello.sequence >= after
 
 
 def _given_back(batch: list[_Waiting], answers: list[list[Any]]) -> set[str]:

@@ -107,7 +107,8 @@ async def decision(engine: Engine, key: str, *, patient: bool = True) -> tuple[D
         # Without its record in Redis it can't be undone any more.
         instances = tuple(Instance(part[0], part[1]) for part in row.parts if part[1])
         kept = True
-    if hold is None and patient:
+    if patient and (hold is None or not _amounts(hold)):
+        # Also where Redis has but a tombstone, of a close that came after it had forgotten the hold.
         stored = await engine.ledger.reservation(key)
         hold = write_reservation(stored) if stored is not None else None
     if hold is None:

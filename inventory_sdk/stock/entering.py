@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConflict, OutcomeUnknown, StockFrozen, UnknownStock
-from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, LedgerUnavailable, StockArriving
+from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, LedgerUnavailable, StockArriving, WritesStock
 from inventory_sdk.metrics.events import Retried
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.answers import refused
-from inventory_sdk.stock.batch import DONE, DONE_LINES, GIVE_UP, REPLAY
+from inventory_sdk.stock.batch import DONE, DONE_LINES, GIVE_UP, OVER, REPLAY
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_result
 from inventory_sdk.stock.upkeep import credit_operation
+from inventory_sdk.stock.wire import NotExecuted, ReplyLost
+
+T = TypeVar("T")
 
 ENTERED: Final = "entered"
 """What Redis remembers instead of a fingerprint for an id that entered through the ledger."""
@@ -64,27 +69,7 @@ async def enter(
     record = (await reading.read(engine, partition, operations=[key])).results[0]
     if record is not None and read_result(record).fingerprint != ENTERED:
         raise OperationConflict(split_key(key)[1])
-    waited = False
-    for _ in range(5):
-        await partition.known()
-        try:
-            entered = await _commit(engine, partition.number, int(partition.epoch), entering)
-        except EpochClosed:
-            partition.forget()
-            continue
-        except StockArriving as error:
-            raise StockFrozen(str(error), retry_after=0.1) from error
-        except InvalidOperation as error:
-            # The sale it gives back may be journaled and not applied yet.
-            if not reference or waited or error.field not in ("of", "lines"):
-                raise
-            waited = True
-            hello = await partition.hello()
-            await settled(Position(partition.number, int(partition.epoch), hello.sequence))
-            continue
-        break
-    else:
-        raise StockFrozen(f"partition {partition.number} is being recovered", retry_after=0.5)
+    entered = await _entered(engine, partition, entering, settled)
     engine.loader.arrived(flat[::2])
     if entered.credit is None:
         if not entered.replayed:
@@ -96,11 +81,44 @@ async def enter(
         raise OutcomeUnknown(split_key(key)[1], f"it is in the ledger, its credit is pending: {error}") from error
 
 
+async def _entered(engine: Engine, partition: Partition, entering: Entering, settled: Callable[[Position], Awaitable[None]]) -> Entered:
+    waited = False
+    with Committing(engine, entering.key) as committing:
+        for _ in range(5):
+            await partition.known()
+            try:
+                (entered,) = await committing.run(partial(engine.ledger.enter, partition.number, int(partition.epoch), [entering]))
+                return entered
+            except EpochClosed:
+                partition.forget()
+            except InvalidOperation as error:
+                # The sale it gives back may be journaled and not applied yet.
+                if not entering.reference or waited or error.field not in ("of", "lines"):
+                    raise
+                waited = True
+                await settled(await journaled(partition))
+        raise StockFrozen(f"partition {partition.number} is being recovered", retry_after=0.5)
+
+
+async def journaled(partition: Partition) -> Position:
+    """Where its journal stands; ``StockFrozen`` while it is not open."""
+    try:
+        hello = await partition.hello()
+    except ReplyLost as error:
+        raise NotExecuted(str(error)) from error
+    if hello.epoch is None or not partition.epoch:
+        raise partition.frozen(hello.state or "empty")
+    return Position(partition.number, hello.epoch, hello.sequence)
+
+
 async def credited(engine: Engine, partition: Partition, entered: Entered, credit: Credit, fields: Sequence[str]) -> Done:
     """The credit of what has entered, made once."""
     answer = await _credited(engine, partition, credit, fields)
     if len(credit.lines) < 2 * len(fields) and answer[0] in (DONE, DONE_LINES, REPLAY):
         # Some of it is the ledger's to sell: what remains there it says itself.
+        return Done(entered.position, entered.remaining, entered.replayed)
+    if answer[0] == OVER:
+        # Redis was rebuilt since, from rows that include it.
         return Done(entered.position, entered.remaining, entered.replayed)
     if answer[0] == REPLAY:
         return Done(entered.position, read_result(answer[1]).remaining, entered.replayed)
@@ -111,37 +129,55 @@ async def credited(engine: Engine, partition: Partition, entered: Entered, credi
     return Done(entered.position, answer[1:], entered.replayed)
 
 
-async def _commit(engine: Engine, number: int, epoch: int, entering: Entering) -> Entered:
-    """The transaction, again where the database could not: its id is known there if the lost one had committed."""
+class Committing:
+    """The transactions of one call: tried again where the database could not. Once the reply to one was lost it may stand, and from
+    then on no failure says that nothing moved: ``OutcomeUnknown``. What the ledger itself refuses it has judged with that in view."""
 
-    def count(state: RetryCallState) -> None:
+    def __init__(self, engine: Engine, key: str) -> None:
+        self._engine = engine
+        self._name = split_key(key)[1]
+        self._lost = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        judged = isinstance(error, OperationConflict | InvalidOperation | OutcomeUnknown)
+        if self._lost and isinstance(error, InventoryError) and not judged:
+            raise OutcomeUnknown(self._name, str(error)) from error
+
+    async def run(self, transaction: Callable[[Sequence[WritesStock]], Awaitable[T]]) -> T:
+        """What the transaction answers; ``StockFrozen`` while its stock is on its way to Redis."""
+        again = AsyncRetrying(
+            retry=retry_if_exception_type(LedgerUnavailable),
+            wait=wait_random_exponential(0.05, 1.0),
+            stop=stop_after_delay(GIVE_UP),
+            before_sleep=self._count,
+            reraise=True,
+        )
+        try:
+            return await again(transaction, self._engine.writes_stock)
+        except LedgerUnavailable:
+            self._lost = True
+            raise
+        except StockArriving as error:
+            raise StockFrozen(str(error), retry_after=0.1) from error
+
+    def _count(self, state: RetryCallState) -> None:
+        self._lost = True
         error = state.outcome.exception() if state.outcome is not None else None
-        engine.metrics.record(Retried("enter", getattr(error, "reason", "")))
-
-    again = AsyncRetrying(
-        retry=retry_if_exception_type(LedgerUnavailable),
-        wait=wait_random_exponential(0.05, 1.0),
-        stop=stop_after_delay(GIVE_UP),
-        before_sleep=count,
-        reraise=True,
-    )
-    try:
-        entered: list[Entered] = await again(engine.ledger.enter, number, epoch, [entering], engine.writes_stock)
-    except LedgerUnavailable as error:
-        raise OutcomeUnknown(split_key(entering.key)[1], str(error)) from error
-    return entered[0]
+        self._engine.metrics.record(Retried("enter", getattr(error, "reason", "")))
 
 
 async def _directly(engine: Engine, partition: Partition, entering: Entering) -> Entered | None:
     """Without Redis, for stock that the ledger sells; None when Redis sells any of it."""
     fields, merchant = entering.lines[::2], split_key(entering.key)[0]
     try:
-        entered = await _commit(engine, partition.number, 0, entering)
+        with Committing(engine, entering.key) as committing:
+            (entered,) = await committing.run(partial(engine.ledger.enter, partition.number, 0, [entering]))
     except EpochClosed:
         engine.direct.note(fields, merchant, False)
         return None
-    except StockArriving as error:
-        raise StockFrozen(str(error), retry_after=0.1) from error
     engine.loader.arrived(fields)
     engine.direct.note(fields, merchant, True)
     return entered

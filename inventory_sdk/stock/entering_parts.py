@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from inventory_sdk.errors import InvalidOperation, OperationConflict, OutcomeUnknown, Overloaded, StockFrozen
+from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConflict, OutcomeUnknown, StockFrozen
 from inventory_sdk.ledger.protocol import Entered, Entering, EpochClosed
 from inventory_sdk.model import Position, Receipt, fingerprint, split_key
 from inventory_sdk.stock import reading
-from inventory_sdk.stock.entering import ENTERED, Done, credited
+from inventory_sdk.stock.entering import ENTERED, Committing, Done, credited, journaled
 from inventory_sdk.stock.parts import Spread, part_key
 from inventory_sdk.stock.records import read_result
 from inventory_sdk.stock.spanning import receipt_of
@@ -63,7 +64,7 @@ async def enter(
     )
     left: dict[str, int] = {}
     for number, each in zip(operations, done, strict=True):
-        if isinstance(each, Overloaded | OutcomeUnknown):
+        if isinstance(each, InventoryError):  # whatever kept the credit away, the transaction stands
             raise OutcomeUnknown(name, f"it is in the ledger, a credit is pending: {each}") from each
         if isinstance(each, BaseException):
             raise each
@@ -75,30 +76,28 @@ async def enter(
 
 async def _commit(engine: Engine, operations: dict[int, Entering], settled: Callable[[Position], Awaitable[None]]) -> dict[int, Entered]:
     waited = False
-    for _ in range(5):
-        group: list[tuple[int, int, Sequence[Entering]]] = []
-        for number, operation in operations.items():
-            partition = engine.partitions[number]
-            await partition.known()
-            group.append((number, int(partition.epoch), [operation]))
-        try:
-            found = await engine.ledger.enter_parts(group, engine.writes_stock)
-        except EpochClosed:
-            for number in operations:
-                engine.partitions[number].forget()
-            continue
-        except InvalidOperation as error:
-            # The sale that it gives back may be journaled and not applied yet.
-            returns = any(operation.reference for operation in operations.values())
-            if not returns or waited or error.field not in ("of", "lines"):
-                raise
-            waited = True
-            for number in operations:
-                hello = await engine.partitions[number].hello()
-                await settled(Position(number, int(engine.partitions[number].epoch), hello.sequence))
-            continue
-        return {number: each[0] for (number, _, _), each in zip(group, found, strict=True)}
-    raise StockFrozen("a partition of this call is being recovered", retry_after=0.5)
+    with Committing(engine, next(iter(operations.values())).key) as committing:
+        for _ in range(5):
+            group: list[tuple[int, int, Sequence[Entering]]] = []
+            for number, operation in operations.items():
+                partition = engine.partitions[number]
+                await partition.known()
+                group.append((number, int(partition.epoch), [operation]))
+            try:
+                found = await committing.run(partial(engine.ledger.enter_parts, group))
+                return {number: each[0] for (number, _, _), each in zip(group, found, strict=True)}
+            except EpochClosed:
+                for number in operations:
+                    engine.partitions[number].forget()
+            except InvalidOperation as error:
+                # The sale that it gives back may be journaled and not applied yet.
+                returns = any(operation.reference for operation in operations.values())
+                if not returns or waited or error.field not in ("of", "lines"):
+                    raise
+                waited = True
+                for number in operations:
+                    await settled(await journaled(engine.partitions[number]))
+        raise StockFrozen("a partition of this call is being recovered", retry_after=0.5)
 
 
 async def _credit(engine: Engine, partition: Partition, entered: Entered, lines: Sequence[Any]) -> Done:

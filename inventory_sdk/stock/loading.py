@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from inventory_sdk.errors import StockFrozen, UnknownStock
+from redis.exceptions import OutOfMemoryError
+
+from inventory_sdk.errors import JournalFull, StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import EpochClosed, Ledger
 from inventory_sdk.model import key_of, split_key
 from inventory_sdk.stock.partition import Partition
@@ -164,6 +166,8 @@ class Loader:
                     keys = [partition.key(name) for name in LOAD_KEYS]
                     try:
                         loaded = await partition.wire.run("load", keys, [epoch, str(not_after), json.dumps(flat), json.dumps(holds)])
+                    except OutOfMemoryError as error:
+                        raise JournalFull(f"Redis is out of memory: {error}", retry_after=1.0) from error
                     except ReplyLost as error:
                         await partition.outlive(sent)
                         raise NotExecuted(str(error)) from error  # what it wrote, if it ran, is what the ledger says

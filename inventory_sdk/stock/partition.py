@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from redis.exceptions import OutOfMemoryError
+
 from inventory_sdk.errors import StockFrozen
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost, Scripts
 
@@ -127,6 +129,10 @@ class Partition:
             if self.suspicion:
                 await self.report()
             hello = await self.hello()
+            if self.suspicion:
+                # This very answer was from before what was seen.
+                await self.report()
+                raise self.frozen("suspect")
         except ReplyLost as error:
             raise NotExecuted(str(error)) from error
         if hello.epoch is None or hello.state != "open" or not hello.run_id_kept:
@@ -142,7 +148,10 @@ class Partition:
         """Close the partition in Redis for what was seen; the worker finds it so and recovers. May be repeated."""
         if self.suspicion is not None:
             epoch, why, sequence = self.suspicion
-            await self.wire.run("suspect", [self.keys[0]], [epoch, why, str(sequence)])
+            try:
+                await self.wire.run("suspect", [self.keys[0]], [epoch, why, str(sequence)])
+            except OutOfMemoryError as error:
+                raise NotExecuted(f"Redis is out of memory and can't be told that it {why}: {error}") from error
             self.suspicion = None
 
     def forget(self) -> None:

@@ -7,11 +7,12 @@ The *home* of a call is its merchant's partition, so whoever knows the id finds 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from inventory_sdk.model import Kind, Position, partition_of, split_key
+from inventory_sdk.model import JournalOperation, Kind, Position, partition_of, split_key
 
 ELSEWHERE: Final = "\x1d"
 _PART: Final = "\x1fpart\x1f"
@@ -96,6 +97,19 @@ def unmarked(flat: Sequence[Any]) -> list[Any]:
 def spans(flat: Sequence[Any]) -> bool:
     """Whether any of these lines stands in another partition."""
     return any(field.startswith(ELSEWHERE) for field in flat[::2])
+
+
+def as_replied(operation: JournalOperation) -> tuple[list[int], list[Any]]:
+    """What remained, and the lines, as the script's reply had them: home's entry keeps those of other partitions apart."""
+    own, remaining = operation.lines, operation.remaining
+    if '"parts":' not in operation.extra:
+        return remaining, own
+    rows = [(field, field, units, left) for field, units, left in zip(own[::2], own[1::2], remaining, strict=True)]
+    for partition, _, flat, known in json.loads(operation.extra)["parts"]:
+        there = known or [0] * (len(flat) // 2)
+        rows += [(field, marked(field, partition), units, left) for field, units, left in zip(flat[::2], flat[1::2], there, strict=True)]
+    rows.sort()
+    return [row[3] for row in rows], [value for _, field, units, _ in rows for value in (field, units)]
 
 
 def read_instances(text: str) -> tuple[Instance, ...]:

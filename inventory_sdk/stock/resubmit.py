@@ -14,6 +14,7 @@ from inventory_sdk.stock.batch import (
     CONFLICT,
     DONE,
     FROZEN,
+    GIVEN_UP,
     JOURNAL_FULL,
     NOT_LOADED,
     NOT_OPEN,
@@ -21,6 +22,7 @@ from inventory_sdk.stock.batch import (
     SHORT,
     Answer,
 )
+from inventory_sdk.stock.parts import as_replied
 from inventory_sdk.stock.records import PIN_OVERDUE_MS
 
 _TAKES: Final = (Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST)
@@ -33,6 +35,7 @@ _REFUSED: Final = {
     CONFLICT: "conflict",
     CLOSED: "closed",
     NOT_OPEN: "closed",
+    GIVEN_UP: "closed",
     # The database sells it by now: it must not be sold in Redis as well, and nobody may think that it stands.
     AWAY: "withdrawn",
     NOT_LOADED: "withdrawn",
@@ -42,10 +45,18 @@ _PASSING: Final = {FROZEN: "frozen", PIN: "pinned", JOURNAL_FULL: "behind a full
 
 def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
     """The batch operation; None for kinds that are ``SETTLED``, or unknown here."""
-    kind, key, mark, lines, _, order, reference, expires_at, extra = operation
+    kind, key, mark, _, _, order, reference, expires_at, extra = operation
+    # Home's entry keeps the lines of other partitions apart; its script takes them all.
+    remaining, lines = as_replied(operation)
     left = max(1, expires_at - at_ms) if expires_at else 0
     if kind in _TAKES:
-        return [kind, key, mark, list(lines), order, "", left, extra, "", ""]
+        take = [kind, key, mark, list(lines), order, "", left, extra, "", ""]
+        if '"parts":' in extra:
+            # Once more the one decision: refused where a part of it was given up meanwhile.
+            said = json.loads(extra)
+            take[9] = "k" if said.get("kept") else ""
+            take += [[[part[0], part[1]] for part in said["parts"]], list(remaining)]
+        return take
     if kind in (Kind.CONFIRM, Kind.REACQUIRE):
         whole = mark == fingerprint(Kind.CONFIRM, reference, ())
         # Named by its lines also where it closed all: its reserve may be gone, and then they are what it takes. Redis had accepted
@@ -58,7 +69,8 @@ def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
         return [Kind.RELEASE.value, key, mark, list(lines), order, reference, 0, extra, "", "t"]
     if kind == Kind.UNDO:
         said = json.loads(extra)
-        return [kind, key, mark, list(lines), "", reference, 0, extra, said["position"], said["of"]]
+        undo = [kind, key, mark, list(lines), "", reference, 0, extra, said["position"], said["of"]]
+        return [*undo, []] if "parts" in said else undo
     if kind in _TIMED:
         return [kind, key, mark, [], order, reference, left, extra, "", ""]
     if kind == Kind.PIN:

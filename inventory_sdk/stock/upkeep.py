@@ -14,7 +14,7 @@ from redis.exceptions import OutOfMemoryError
 from inventory_sdk.errors import InventoryError, StockFrozen, UnknownStock
 from inventory_sdk.ledger.protocol import Credit, EpochClosed, Ledger, Rebuilding, Void
 from inventory_sdk.model import JournalOperation, fingerprint, key_of, split_key
-from inventory_sdk.stock.batch import AWAY, CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, PIN, REPLAY, Answer, read_entries
+from inventory_sdk.stock.batch import AWAY, CLOSED, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, OVER, PIN, REPLAY, Answer, read_entries
 from inventory_sdk.stock.givers import sweep
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_memory, write_reservation
@@ -154,6 +154,8 @@ class Upkeep:
             code = answer[0][0]
             if code in (DONE, DONE_LINES, REPLAY) or (later and code != NOT_LOADED):
                 return answer
+            if code == OVER:
+                raise StockFrozen(f"epoch {epoch} of partition {partition} is over", retry_after=0.5)
             if code != NOT_LOADED:
                 raise InventoryError(f"{operation[0]} {operation[1]!r} was refused: {answer[0]}")
             if await self._load(view, answer[0][1:]):
@@ -331,4 +333,5 @@ def credit_operation(credit: Credit) -> list[Any]:
     merchant = split_key(credit.key)[0]
     name = f"{credit.position.epoch}-{credit.position.sequence}"
     extra = json.dumps({"position": name})
-    return ["credit", key_of(merchant, f"\x1fcredit\x1f{name}"), "credit", list(credit.lines), "", credit.key, 0, extra, "", ""]
+    key = key_of(merchant, f"\x1fcredit\x1f{name}")
+    return ["credit", key, "credit", list(credit.lines), "", credit.key, 0, extra, str(credit.epoch), ""]

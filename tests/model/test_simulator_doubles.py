@@ -19,11 +19,8 @@ from tests.model.simulator.redis import ScriptCall, runtime
 from tests.model.simulator.run import Run, plan_of, play
 from tests.stock_kit import plain_client
 
-pytestmark = pytest.mark.xfail(
-    run=False, reason="the simulator's doubles and clock are of before recovery, admission and spanning calls; its runs don't end yet"
-)
-
-SEEDS = range(9000, 9012)
+SEEDS = (*range(9000, 9004), 9048, 9078, 9114, 9143)
+"""The last ones repeat ids that Redis has forgotten, or fork: their ledgers refuse."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +38,7 @@ def played() -> list[Run]:
 def _steady(text: bytes) -> bytes:
     """The script with the simulation's clock and server, which come as its last argument."""
     steady = re.sub(rb"(redis\.)?call\('TIME'\)", rb"cjson.decode(ARGV[#ARGV])", text)
+    steady = steady.replace(b"redis.pcall('INFO', 'memory')", b"''")
     return steady.replace(b"redis.pcall('INFO', 'server')", b"('run_id:' .. cjson.decode(ARGV[#ARGV])[3])")
 
 
@@ -61,7 +59,7 @@ async def test_the_small_redis_answers_as_a_real_one(played: list[Run], redis_ur
         for number, run in enumerate(played):
             calls = run.world.scripts or []
             # One server's life: what a failover does to a state, no real Redis can be told.
-            first = [call for call in calls if call.run_id == "run0001"]
+            first = [call for call in calls if call.life == "run0001.0"]
             place = f"{namespace}{number}"
             for call in first:
                 answer = await _say(client, call, place)
@@ -70,7 +68,7 @@ async def test_the_small_redis_answers_as_a_real_one(played: list[Run], redis_ur
                     continue
                 assert answer == call.answer, f"seed {run.plan.seed}: {call.arguments}"
                 compared += 1
-            if all(call.run_id == "run0001" for call in calls):
+            if all(call.life == "run0001.0" for call in calls) and "redis_flushed" not in run.world.injected:
                 await _same_keys(client, run, place)
     finally:
         async for key in client.scan_iter(match=f"{{{namespace}*"):
@@ -110,6 +108,7 @@ async def _same_ledgers(played: list[Run], tmp_path: Path) -> None:
             for method, arguments, wanted in database.log:
                 if method == "open":
                     async with ledger.rebuilding(*arguments) as rebuilding:
+                        await rebuilding.extend(wanted)
                         await rebuilding.open()
                     continue
                 found = await getattr(ledger, method)(*arguments)

@@ -9,20 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
 from inventory_sdk import Line
 from inventory_sdk.errors import (
     DurabilityNotReached,
     InsufficientStock,
     OperationConflict,
+    OutcomeUnknown,
     Overloaded,
     ReservationClosed,
     ReservationExpired,
 )
+from inventory_sdk.ledger.protocol import LedgerUnavailable
 from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import Position, Shortage, partition_of
 from inventory_sdk.stock import deciding, spanning
 from inventory_sdk.stock.journal import decode
+from inventory_sdk.stock.parts import as_replied, call_of
+from inventory_sdk.stock.records import tombstone
+from inventory_sdk.stock.resubmit import resubmission
+from inventory_sdk.stock.wire import ReplyLost
 from inventory_sdk.sync.following import Following
 from inventory_sdk.sync.parts import Parts
 from inventory_sdk.sync.queues.memory import MemoryQueue
@@ -201,6 +209,140 @@ async def test_a_caller_that_goes_away_at_the_decision_leaves_what_its_id_says(w
     assert (await process.stock.status("o1") is not None) is own
 
 
+@pytest.mark.parametrize("how", ["reserve", "deduct", "adjust", "confirm", "release", "confirm some", "release some"])
+async def test_home_whose_reply_was_lost_answers_all_lines_from_its_journal(world: World, how: str) -> None:
+    process = world.process()
+    kind, _, some = how.partition(" ")
+    if kind in ("confirm", "release"):
+        await process.stock.reserve(cart(*ALL, quantity=2), operation_id="o1")
+        await process.quiet()
+    run, lost = process.engine.wire.run, list[str]()
+
+    async def losing(name: str, keys: Sequence[str], arguments: Sequence[Any], *behind: Any) -> Any:
+        answer = await run(name, keys, arguments, *behind)
+        if not lost and any(op[0] == kind and not call_of(op[1]) for op in operations(name, arguments)):
+            lost.append(kind)
+            raise ReplyLost("cut off")
+        return answer
+
+    process.engine.wire.run = losing  # type: ignore[method-assign]
+    process.engine.wire.timeout = 0.05  # type: ignore[misc]
+    if kind in ("confirm", "release"):
+        lines = cart(FIRST, SECOND) if some else None
+        receipt = await getattr(process.stock, kind)("o1", lines=lines, operation_id="c1")
+    else:
+        receipt = await getattr(process.stock, kind)(cart(*ALL, quantity=-1 if kind == "adjust" else 1), operation_id="o1")
+    assert lost == [kind]
+    wanted = [FIRST, SECOND] if some else ALL
+    assert sorted(line.merchant for line in receipt.lines) == sorted(wanted)
+    assert not receipt.replayed
+    found = await left(world)
+    assert {line.merchant: line.remaining for line in receipt.lines} == {each: found[ALL.index(each)] for each in wanted}
+
+
+@pytest.mark.parametrize("committed", [False, True])
+async def test_what_enters_several_partitions_enters_once_whatever_the_database_did_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    process = world.process()
+    real, left_to_fail = world.ledger.enter_parts, ["deadlock", "disconnected"]
+
+    async def enter_parts(parts: Any, writes: Any = ()) -> Any:
+        if left_to_fail:
+            if committed:
+                await real(parts, writes)
+            raise LedgerUnavailable(left_to_fail.pop(0), ConnectionResetError("gone"))
+        return await real(parts, writes)
+
+    monkeypatch.setattr(world.ledger, "enter_parts", enter_parts)
+    receipt = await process.stock.restock(cart(*ALL, quantity=2), operation_id="r1")
+    assert receipt.replayed is committed
+    assert await left(world) == [7, 7, 7]
+
+
+async def test_a_credit_that_redis_refuses_leaves_a_restock_over_partitions_unknown_and_safe_to_repeat(world: World) -> None:
+    process = world.process()
+
+    def refuse(name: str, arguments: Sequence[Any]) -> None:
+        if any(op[0] == "credit" for op in operations(name, arguments)):
+            raise ResponseError("ERR no room for the entry")
+
+    process.on_call = refuse
+    with pytest.raises(OutcomeUnknown) as caught:
+        await process.stock.restock(cart(*ALL, quantity=2), operation_id="r1")
+    assert caught.value.operation_id == "r1"
+    process.on_call = None
+    assert (await process.stock.restock(cart(*ALL, quantity=2), operation_id="r1")).replayed
+    assert await left(world) == [7, 7, 7]
+
+
+async def test_an_undo_at_home_stands_though_its_parts_can_not_be_reached(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = world.process()
+    receipt = await process.stock.reserve(cart(*ALL), operation_id="o1")
+    await process.quiet()
+    hget = process.client.hget
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise RedisConnectionError("connection reset by peer")
+
+    monkeypatch.setattr(process.client, "hget", away)
+    assert await process.stock.undo(receipt)
+    monkeypatch.setattr(process.client, "hget", hget)
+    await world.resolve()
+    assert await left(world) == [5, 5, 5]
+
+
+async def test_a_repeat_beyond_the_window_leaves_no_hold_at_a_home_without_lines(world: World) -> None:
+    process = world.process()
+    await process.stock.reserve(cart(SECOND, THIRD), operation_id="o1")
+    await process.stock.confirm("o1")
+    await process.quiet()
+    await world.apply()
+    client: Any = process.client
+    for partition in process.engine.partitions:
+        await client.delete(partition.key("results:0"), partition.key("results:1"))
+    await process.stock.reserve(cart(SECOND, THIRD), operation_id="o1")
+    await process.quiet()
+    home = process.engine.home(HOME)
+    assert await client.hexists(home.key("reservations"), f"{HOME}\x1fo1")
+    upkeep = process.engine.upkeep
+    for partition in process.engine.partitions:
+        row = await world.ledger.partition(partition.number)
+        assert row is not None
+        entries = await upkeep.read_journal(partition.number, row.epoch, row.applied, None, 1000)
+        if entries:
+            await world.ledger.apply(partition.number, row.epoch, [decode(partition.number, row.epoch, *entry) for entry in entries])
+        for void in await world.ledger.pending_voids(partition.number, row.epoch):
+            await upkeep.void(partition.number, row.epoch, void)
+    assert not await client.hexists(home.key("reservations"), f"{HOME}\x1fo1")
+    assert await left(world) == [5, 4, 4]
+
+
+async def test_home_s_late_decision_is_taken_up_with_all_of_its_lines_or_refused(world: World) -> None:
+    process = world.process()
+    await process.stock.reserve(cart(*ALL), operation_id="o1")
+    home = process.engine.home(HOME)
+    _, body = (await process.engine.upkeep.read_journal(home.number, 1, 0, None, 100))[-1]
+    late = next(each for each in decode(home.number, 1, 9, body).operations if each.operation_id == "o1")
+    again = resubmission(late, 0)
+    assert again is not None
+    parts = json.loads(late.extra)["parts"]
+    assert again[3] == as_replied(late)[1]
+    assert len(again[3]) == 6
+    assert again[10] == [[number, mark] for number, mark, _, _ in parts]
+    # Where a part was given up since, there is no such call any more.
+    await process.quiet()
+    assert await process.stock.release("o1")
+    other = await process.stock.reserve(cart(*ALL), operation_id="o2")
+    await process.stock.undo(other)
+    entries = await process.engine.upkeep.read_journal(home.number, 1, 0, None, 100)
+    found = [each for sequence, text in entries for each in decode(home.number, 1, sequence, text).operations]
+    gone = next(each for each in found if each.operation_id == "o2" and each.kind == "reserve")
+    refused = await process.engine.upkeep.resubmit(home.number, 1, gone, 0)
+    assert refused == "closed"
+    assert await left(world) == [5, 5, 5]
+
+
 async def test_parts_expire_with_their_home_and_not_before(world: World) -> None:
     process = world.process()
     await process.stock.reserve(cart(*ALL), operation_id="o1")
@@ -254,6 +396,44 @@ async def test_a_rebuilt_partition_knows_its_parts_and_its_decisions(world: Worl
     await world.resolve()
     assert await left(world) == [5, 4, 5]
     assert not await world.open_parts()
+
+
+async def test_a_rebuilt_home_does_not_undo_what_its_parts_have_sold(world: World) -> None:
+    process = world.process()
+    sale = await process.stock.deduct(cart(*ALL), operation_id="o1")
+    await process.quiet()
+    await world.apply()
+    number = partition_of(HOME, PARTITIONS)
+    raised = await world.ledger.raise_epoch(number, 1)
+    assert raised is not None
+    await rebuild(process.engine.upkeep, world.ledger, MemoryQueue(), raised)
+    assert not await world.process().stock.undo(sale)
+    assert await left(world) == [4, 4, 4]
+
+
+async def test_parts_follow_the_ledger_where_home_has_but_a_late_tombstone(world: World) -> None:
+    process = world.process()
+    held = await process.stock.reserve(cart(*ALL), operation_id="o1")
+    await process.quiet()
+
+    def stays(name: str, arguments: Sequence[Any]) -> None:
+        if any(op[0] == "follow" for op in operations(name, arguments)):
+            raise RedisConnectionError("cut off")
+
+    process.on_call = stays
+    await process.stock.release("o1")
+    await process.quiet()
+    assert len(await world.open_parts()) == 2
+    await world.apply()
+    home = process.engine.home(HOME)
+    client: Any = process.client
+    for window in ("results:0", "results:1"):
+        if await client.hexists(home.key(window), f"{HOME}\x1fo1\x1f"):
+            await client.hset(home.key(window), f"{HOME}\x1fo1\x1f", tombstone(f"1-{held.positions[0].sequence + 9}"))
+    process.on_call = None
+    await world.resolve()
+    assert not await world.open_parts()
+    assert await left(world) == [5, 5, 5]
 
 
 async def test_what_redis_has_forgotten_is_asked_of_the_ledger_only_once_it_has_applied_homes_journal(

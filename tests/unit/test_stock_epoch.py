@@ -13,6 +13,8 @@ import pytest
 from inventory_sdk import errors
 from inventory_sdk.ledger.protocol import Balance, EpochClosed, ReservationRow, Void
 from inventory_sdk.model import Line, Position, key_of
+from inventory_sdk.stock import batch
+from inventory_sdk.stock.wire import ReplyLost
 from tests.stock_kit import MERCHANT, SERVERS, FakeRebuilding, Shop, lines, on_client, shop_on
 
 
@@ -489,3 +491,36 @@ async def test_a_rebuild_of_many_rows_comes_in_chunks(shop: Shop, monkeypatch: p
         f"s{n}": (n - (1 <= n < 40) - (10 <= n < 40), int(1 <= n < 40)) for n in range(50)
     }
     assert int(await shop.client.hget(shop.key("meta"), "chunk")) > 20
+
+
+async def test_a_process_that_has_seen_more_than_redis_says_is_frozen_and_tells_it(shop: Shop) -> None:
+    partition = shop.engine.partitions[0]
+    await partition.hello()
+    partition.sequence += 5
+    partition.forget()
+    with pytest.raises(errors.StockFrozen):
+        await partition.known()
+    assert await shop.client.hget(shop.key("meta"), "state") == b"suspect"
+
+
+async def test_a_redis_that_is_emptied_while_its_journal_is_searched_says_nothing_of_a_lost_reply(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read, lost = shop.engine.wire.run, batch.read_entries, list[str]()
+
+    async def losing(name: str, *arguments: Any) -> Any:
+        answer = await run(name, *arguments)
+        if name == "batch" and not lost:
+            lost.append(name)
+            raise ReplyLost("cut off")
+        return answer
+
+    async def emptied(*arguments: Any) -> Any:
+        await shop.client.delete(*shop.engine.partitions[0].keys)
+        return await read(*arguments)
+
+    monkeypatch.setattr(shop.engine.wire, "run", losing)
+    monkeypatch.setattr(shop.engine.wire, "timeout", 0.05)
+    monkeypatch.setattr(batch, "read_entries", emptied)
+    with pytest.raises(errors.OutcomeUnknown):
+        await shop.stock.deduct(lines(a=1), operation_id="o1")

@@ -81,7 +81,7 @@ def test_the_batch_script_decides_every_kind_that_redis_has() -> None:
 
 def test_every_refusal_of_the_script_has_a_code_and_a_reason() -> None:
     codes = {int(code) for code in re.findall(r"(?:return|or) \{(\d+)[,}]", source("batch.lua"))}
-    assert codes == {*range(1, 15), batch.AWAY}
+    assert codes == {*range(1, 16), batch.AWAY}
     assert set(batch._REASONS) == codes - {batch.REPLAY}
 
 

@@ -11,6 +11,7 @@
 --         void: flag "f" freezes the SKUs, reference = reservation to close
 --         correct: flag "l": the ledger is what was wrong. It writes off (an adjust beside the correct), and Redis stays as it is
 --         credit: reference = key of the operation that entered through the ledger
+--         credit and void: mark = the epoch in which the ledger owes it, or a position of that epoch
 --         keep: flag = a field of the take
 --         Calls over several partitions (docs/explanation/spanning.md). A line of another partition is \29 partition \29 field: it is
 --         kept in records and answered, and moves nothing here.
@@ -36,7 +37,7 @@
 --     [7]  no such reservation    [8]  journal full    [9, field, asked, open, ...]  more than is open    [10]  pinned
 --     [11]  can't be undone or kept any more    [12, expires_at]  not due
 --     [30, field, ...]  the database sells it, or is about to (marked in frozen by admit.lua)
---     [14]  a part of it was aborted
+--     [14]  a part of it was aborted    [15]  owed in another epoch: a rebuild has included it
 --     [13, record]  seen before, and how its reservation ended is not known here (after a rebuild): ask the ledger
 --
 -- A result record is: fingerprint RS position RS flags RS remaining,...[|partition:position ...] RS order RS lines (field RS quantity ...; only where the call gave none)
@@ -800,9 +801,13 @@ function decide.abort(i, op)
   answers[i] = '[0]'
 end
 
+-- What the ledger owes Redis it owes in one epoch: the rebuild that follows has included it.
+local function over(op) return op[9] ~= '' and string.match(op[9], '^%d+') ~= epoch end
+
 function decide.credit(i, op)
   local answer = seen(op)
   if answer then return answer end
+  if over(op) then return {15} end
   local lines, remaining = op[4], {}
   answer = not_loaded(lines)
   if answer then return answer end
@@ -847,6 +852,7 @@ end
 function decide.void(i, op)
   local answer = seen(op)
   if answer then return answer end
+  if over(op) then return {15} end
   local lines, key, flag, names = op[4], op[6], op[10], {}
   for j = 1, #lines, 3 do
     names[#names + 1] = lines[j]

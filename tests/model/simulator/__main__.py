@@ -60,6 +60,9 @@ def many(first: int, seeds: int | None, until: float, jobs: int, mutation: str |
         while pending:
             for result in pending.pop(0).result():
                 total.add(result)
+                if result.violation is not None and mutation is None:
+                    sys.stdout.write(f"seed {result.seed}: {result.violation[:300]}\n")
+                    sys.stdout.flush()
             if stop_at_failure and total.failed:
                 for future in pending:
                     future.cancel()
@@ -147,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return prove(chosen.seeds, chosen.jobs)
     begun = time.monotonic()
     until = begun + (chosen.hours * 3600 if chosen.hours is not None else 1e9)
-    total = many(chosen.first, None if chosen.hours is not None else chosen.seeds, until, chosen.jobs, chosen.switch_off)
+    seeds = None if chosen.hours is not None else chosen.seeds
+    total = many(chosen.first, seeds, until, chosen.jobs, chosen.switch_off, stop_at_failure=chosen.switch_off is not None)
     seconds = time.monotonic() - begun
     sys.stdout.write("\n".join(told(total, seconds)) + "\n" + summary(total, seconds) + "\n")
     return 1 if total.failed else 0

@@ -74,8 +74,11 @@ class Entry:
     nonce: str
     operations: list[list[Any]]
     body: str
-    forgotten: bool = False
-    """The Redis that goes on does not have it."""
+    server: Server
+    at: int
+    """How long that server's log was then."""
+    lost_by: str = ""
+    """What befell Redis that the one which goes on does not have it: ``emptied``, ``rolled_back``, ``failed_over``."""
 
 
 @dataclass
@@ -88,6 +91,8 @@ class Auditor:
     counters: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     events: Counter[str] = field(default_factory=Counter)
     lost: set[Place] = field(default_factory=set)
+    rejected: set[str] = field(default_factory=set)
+    """Keys that ``on("rejected")`` has named."""
     undone: Counter[str] = field(default_factory=Counter)
     branches: list[float] = field(default_factory=list)
     confirmed: dict[Place, set[str]] = field(default_factory=dict)
@@ -121,31 +126,32 @@ class Auditor:
         raw = json.loads(body)
         epoch, _, sequence = name.partition("-")
         place = (partition, int(epoch), int(sequence))
-        entry = Entry(place, raw["n"], raw["ops"], body, forgotten=server is not self.world.redis)
+        lost_by = "failed_over" if server is not self.world.redis else ""
+        entry = Entry(place, raw["n"], raw["ops"], body, server, server.length(), lost_by)
         self.entries.setdefault(place, []).append(entry)
         for operation in raw["ops"]:
             # Later operations of the same batch see these, though they are never written one by one.
             step = 3 if operation[0] == "void" else 2
             for name_of, left in zip(_lines(operation)[::step], operation[4] or (), strict=False):
                 self.counted(server, name_of, left)
-        self.world.trace("journal", f"{partition}/{name}", server.run_id, "; ".join(_told(op) for op in raw["ops"]))
+        self.world.trace("journal", f"{partition}/{name}", server.name, "; ".join(_told(op) for op in raw["ops"]))
 
-    def branched(self, old: Server, new: Server, kept: int) -> None:
-        """``new`` goes on with what ``kept`` write groups left of ``old``."""
+    def branched(self, old: Server, new: Server, why: str) -> None:
+        """``new`` goes on with what was kept of ``old``."""
         self.branches.append(self.world.loop.time())
         have: set[tuple[int, str, str]] = set()
         keys = runtime().lua.eval(b"function(s) local o = {} for k in pairs(s.keys) do o[#o+1] = k end return o end")(new.state)
         for key in runtime().plain(keys):
             if key.endswith(b":journal"):
                 partition = int(key.decode().partition("}")[0].rpartition(":")[2])
-                _, rows, _, _ = runtime().out[b"command"](new.state, 0, 0, b"", False, b"XRANGE", key, b"-", b"+")
+                _, rows, _, _ = runtime().out[b"command"](new.state, 0, 0, b"", b"", b"XRANGE", key, b"-", b"+")
                 for name, flat in runtime().plain(rows):
                     have.add((partition, name.decode(), json.loads(flat[1])["n"]))
         for (partition, epoch, sequence), entries in self.entries.items():
             for entry in entries:
                 # Trimmed entries are applied; nothing is trimmed within ten minutes.
                 if (partition, f"{epoch}-{sequence}", entry.nonce) not in have:
-                    entry.forgotten = True
+                    entry.lost_by = entry.lost_by or why
 
     def acknowledged(self, message: Any) -> None:
         """The broker forgets a message: the ledger must know it, or its position."""
@@ -181,6 +187,8 @@ class Auditor:
     async def told(self, name: str, facts: Mapping[str, Any]) -> None:
         """An event for ``@inventory.on``."""
         self.events[name] += 1
+        if name == "rejected":
+            self.rejected.add(f"{facts['merchant']}\x1f{facts['operation_id']}")
         self.world.trace("event", name, {key: value for key, value in facts.items() if key != "body"})
 
     # Replies -----------------------------------------------------------------------------------------------------------------------
@@ -206,7 +214,9 @@ class Auditor:
         place: Place = tuple(receipt.positions[0])  # type: ignore[assignment]
         if place[1] > 0:
             self._check_place(attempt, receipt, key, flat, place)
-            self._check_level(attempt, receipt, key, place)
+            # A close is decided at home; where its parts followed is behind that.
+            for each in receipt.positions if receipt.kind in TAKES else receipt.positions[:1]:
+                self._check_level(attempt, receipt, tuple(each))  # type: ignore[arg-type]
         elif place not in self.world.database.tables.entries:
             self.fail(f"{attempt}: the ledger has nothing at {place}")
 
@@ -214,9 +224,12 @@ class Auditor:
         found = None
         for entry in self.entries.get(place, ()):
             for operation in entry.operations:
-                if operation[1] == key and _lines(operation) == flat:
+                whole, remaining = merged(operation)
+                if operation[1] == key and whole == flat:
                     found = operation
-                    if list(operation[4] or ()) == [line.remaining for line in receipt.lines]:
+                    # What a close left in other partitions is known only when its parts have followed.
+                    apart = operation[0] not in TAKES and parts_of(operation)
+                    if apart or remaining == [line.remaining for line in receipt.lines]:
                         break
             else:
                 continue
@@ -229,6 +242,8 @@ class Auditor:
             )
         first = self.firsts.setdefault((key, place), receipt)
         same = [line.remaining for line in first.lines] == [line.remaining for line in receipt.lines]
+        # What a close leaves in other partitions is told as it is when they follow, and not remembered.
+        same = same or (receipt.kind not in TAKES and found is not None and bool(parts_of(found)))
         self.must(same or not receipt.replayed, f"{attempt}: the replay's receipt is not the first: {receipt} after {first}")
         if not receipt.replayed:
             self._check_once(attempt, key, place)
@@ -242,18 +257,26 @@ class Auditor:
                 continue
             before: Place = tuple(other.receipt.positions[0])  # type: ignore[assignment]
             gone = self.undone[key] or self.is_forgotten(before) or self.is_forgotten(place)
+            # Beyond the results window the ledger finds the repeat, and voids it.
+            gone = gone or (self.world.forgets and attempt.ended - other.ended > self.world.forgets)
             self.must(gone, f"{attempt} was accepted at {place}, though {other} was at {before}")
 
     def is_forgotten(self, place: Place) -> bool:
         """Some server's entry of this position is not in the Redis that went on."""
-        return any(entry.forgotten for entry in self.entries.get(place, ()))
+        return any(entry.lost_by for entry in self.entries.get(place, ()))
 
-    def _check_level(self, attempt: Attempt, receipt: Receipt, key: str, place: Place) -> None:
+    def _check_level(self, attempt: Attempt, receipt: Receipt, place: Place) -> None:
         tables = self.world.database.tables
         known = place in tables.entries
         if receipt.durability == "queue":
             safe = known or place in self.world.broker.ever_confirmed
             self.must(safe, f"{attempt} was acknowledged at queue, and neither queue nor ledger have {place}")
+        elif receipt.durability in ("replica", "aof") and not known:
+            which = "copied" if receipt.durability == "replica" else "synced"
+            for entry in self.entries.get(place, ()):
+                # What another server has taken over, its own copies have.
+                has = entry.lost_by or entry.server is not self.world.redis or getattr(entry.server, which) >= entry.at
+                self.must(has, f"{attempt} was acknowledged at {receipt.durability}, and {place} is not {which} yet")
         elif receipt.durability == "database":
             self.must(known, f"{attempt} was acknowledged at database, and the ledger does not have {place}")
 
@@ -261,9 +284,10 @@ class Auditor:
         """A call raised."""
         attempt.error, attempt.ended = error, self.world.loop.time()
         attempt.state = "refused" if isinstance(error, InventoryError) and not isinstance(error, OutcomeUnknown) else "unknown"
-        if type(error).__name__ in ("DurabilityNotReached", "DatabaseGone"):
+        if type(error).__name__ in ("DurabilityNotReached", "ReplyLost"):
             attempt.state = "unknown"
         self.world.trace("refuse", attempt, f"{type(error).__name__}: {error}")
+        self.must(isinstance(error, InventoryError), f"{attempt} raised an error that is none of the SDK's: {error!r}")
         if isinstance(error, InsufficientStock):
             self._check_shortage(attempt, error)
 
@@ -290,6 +314,24 @@ class Auditor:
 
 def _lines(operation: list[Any]) -> list[Any]:
     return list(operation[3] or ())
+
+
+def parts_of(operation: list[Any]) -> list[list[Any]]:
+    """Of an operation that spans partitions: [partition, position of the part, its lines, what was left], …"""
+    extra = operation[8] if len(operation) > 8 else None
+    if not extra:
+        return []
+    return list((json.loads(extra) if isinstance(extra, str) else extra).get("parts") or ())
+
+
+def merged(operation: list[Any]) -> tuple[list[Any], list[int]]:
+    """All lines of an operation, those of its parts included, by field; and what was left of each."""
+    rows = []
+    for lines, left in ((_lines(operation), operation[4] or ()), *((part[2] or (), part[3] or ()) for part in parts_of(operation))):
+        known = [*left, *[0] * (len(lines) // 2 - len(left))]
+        rows += list(zip(lines[::2], lines[1::2], known, strict=True))
+    rows.sort()
+    return [value for name, quantity, _ in rows for value in (name, quantity)], [left for _, _, left in rows]
 
 
 def _shown(flat: list[Any] | None) -> str:

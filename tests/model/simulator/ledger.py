@@ -11,7 +11,7 @@ import copy
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,13 +22,16 @@ from inventory_sdk.ledger.decide import (
     KEPT,
     OPERATION,
     STATUS,
+    UNDOABLE,
     Hold,
     Known,
     Stock,
     Take,
     Verdicts,
+    abort_keys,
     parse_json,
     parse_position,
+    parts_of,
 )
 from inventory_sdk.ledger.enter import _check, _Entering
 from inventory_sdk.ledger.protocol import (
@@ -41,6 +44,7 @@ from inventory_sdk.ledger.protocol import (
     Entering,
     EpochClosed,
     ForkFound,
+    LedgerUnavailable,
     OperationRow,
     PartitionRow,
     ReservationRow,
@@ -48,6 +52,7 @@ from inventory_sdk.ledger.protocol import (
     Void,
     WatermarkMoved,
 )
+from inventory_sdk.ledger.rebuild import FORGOTTEN
 from inventory_sdk.ledger.rows import reservation_row
 from inventory_sdk.model import JournalEntry, Kind, Position, key_of, split_key
 
@@ -57,8 +62,9 @@ if TYPE_CHECKING:
 _AT: Final = {name: OPERATION.index(name) for name in OPERATION}
 
 
-class DatabaseGone(Exception):
-    """The driver's error: the connection broke. Whether a commit that was under way took place is not known."""
+def database_gone(why: str) -> LedgerUnavailable:
+    """The connection broke. Whether a commit that was under way took place is not known."""
+    return LedgerUnavailable("disconnected", ConnectionError(why))
 
 
 @dataclass(eq=False, slots=True)
@@ -199,7 +205,7 @@ class SimLedger:
         world = self._database.world
         await self._process.away(world.network.latency())
         if not self._database.up or world.chance("database_gone"):
-            raise DatabaseGone("the connection to the database broke")
+            raise database_gone("the connection to the database broke")
 
     @asynccontextmanager
     async def _transaction(self, partition: int, shared: bool = False) -> AsyncIterator[_Claimant]:
@@ -216,16 +222,16 @@ class SimLedger:
         """Before the writes become visible: the last moment at which they can be lost."""
         world = self._database.world
         if not self._database.up or world.chance("commit_broken"):
-            raise DatabaseGone("the connection broke before the commit")
+            raise database_gone("the connection broke before the commit")
         await self._process.away(world.network.latency())
         if not self._database.up:
-            raise DatabaseGone("the connection broke before the commit")
+            raise database_gone("the connection broke before the commit")
 
     async def _committed(self) -> None:
         """The commit has happened; its reply may get lost."""
         world = self._database.world
         if world.chance("commit_unheard"):
-            raise DatabaseGone("the connection broke after the commit")
+            raise database_gone("the connection broke after the commit")
         await self._process.away(world.network.latency())
 
     # Epochs --------------------------------------------------------------------------------------------------------------------
@@ -257,7 +263,7 @@ class SimLedger:
             if newest is not None:
                 # One that was never opened has accepted nothing.
                 rows[newest.epoch][0] = "closed" if newest.state == "rebuilding" else "draining"
-                for forgotten in range(newest.epoch + 1, above + 1):
+                for forgotten in range(max(newest.epoch, above - FORGOTTEN) + 1, above + 1):
                     rows[forgotten] = ["draining", 0]
             rows[above + 1] = ["rebuilding", 0]
             self._database.log.append(("raise_epoch", (partition, above), None))
@@ -288,7 +294,10 @@ class SimLedger:
             fresh, gone, redelivered = self._sift(partition, epoch, entries, lost, applied)
             if not fresh and not gone:
                 return Applied(applied, 0, (), redelivered, 0)
-            verdicts = Verdicts(partition, self._learn(partition, epoch, fresh), bool(writes))
+            known = self._learn(partition, epoch, fresh)
+            if row[0] == "draining":
+                known.lost_from = self._lost_from(partition, epoch, gone)
+            verdicts = Verdicts(partition, known, bool(writes))
             for entry in fresh:
                 verdicts.walk(entry)
             last = applied + len(fresh) + len(gone)
@@ -328,6 +337,11 @@ class SimLedger:
                 raise ForkFound(f"journal entry {partition}/{epoch}-{entry.sequence}: nonce {entry.nonce!r} is not the one applied there")
         return [new[sequence] for sequence in sorted(new)], gone, len(old)
 
+    def _lost_from(self, partition: int, epoch: int, gone: Sequence[int]) -> int | None:
+        """The first lost sequence of the epoch, those of this batch included."""
+        before = [seq for (p, e, seq), (nonce, _) in self._tables.entries.items() if (p, e, nonce) == (partition, epoch, "")]
+        return min([*before, *gone[:1]], default=None)
+
     def _learn(self, partition: int, epoch: int, fresh: Sequence[JournalEntry]) -> Known:
         tables, known = self._tables, Known()
         references: set[str] = set()
@@ -338,6 +352,8 @@ class SimLedger:
                 keys.update((operation.key, operation.reference))
                 if operation.reference:
                     references.add(operation.reference)
+                if kind in UNDOABLE and operation.extra:
+                    keys.update(abort_keys(operation.key, parts_of(parse_json(operation.extra, operation.key))))
                 step = 3 if kind == Kind.VOID else 2
                 for name in operation.lines[::step]:
                     if name in tables.stock and name not in known.stock:
@@ -405,38 +421,59 @@ class SimLedger:
     # Entering ----------------------------------------------------------------------------------------------------------------------
 
     async def enter(self, partition: int, epoch: int, operations: Sequence[Entering], writes: Sequence[Any] = ()) -> list[Entered]:
-        for operation in operations:
-            _check(operation)
-        async with self._transaction(partition):
-            tables = self._tables
-            row = tables.epochs.get(partition, {}).get(epoch)
-            if row is None or row[0] != "open":
-                raise EpochClosed(f"partition {partition}: epoch {epoch} is {row[0] if row else 'unknown'}, nothing enters in it")
-            zero = tables.epochs[partition][0]
-            stock = self._entering_stock([each for each in operations if each.key not in tables.claims])
-            sold = self._sold({each.reference for each in operations if each.kind == Kind.TAKE_BACK})
-            work = _Entering(partition, epoch, zero[1], stock, {}, sold, movements=bool(writes))
-            done: list[Entered] = []
+        return (await self.enter_parts([(partition, epoch, operations)], writes))[0]
+
+    async def enter_parts(self, parts: Sequence[tuple[int, int, Sequence[Entering]]], writes: Sequence[Any] = ()) -> list[list[Entered]]:
+        for _, _, operations in parts:
             for operation in operations:
-                before = tables.claims.get(operation.key)
-                if before is None:
-                    done.append(work.take(operation))
-                    continue
-                known = _operation_row(before)
-                if known.fingerprint != operation.fingerprint:
-                    raise OperationConflict(split_key(operation.key)[1])
-                pending = tables.credits.get((partition, known.position.sequence)) if known.position.epoch == 0 else None
-                credit = None
-                if pending is not None and pending[0] == epoch and pending[3] == "pending":
-                    credit = Credit(known.position, epoch, known.key, tuple(pending[2]))
-                done.append(Entered(known.position, known.remaining, credit, True))
-            if work.seq != zero[1]:
+                _check(operation)
+        ordered = sorted(parts, key=lambda part: part[0])
+        done: dict[int, list[Entered]] = {}
+        works: list[tuple[_Entering, list[Any]]] = []
+        async with AsyncExitStack() as stack:
+            for partition, epoch, operations in ordered:
+                await stack.enter_async_context(self._transaction(partition))
+                work, zero = self._entering(partition, epoch, operations, bool(writes))
+                done[partition] = self._walk_entering(work, epoch, operations)
+                works.append((work, zero))
+            moved = [(work, zero) for work, zero in works if work.seq != zero[1]]
+            if moved:
                 await self._commit()
-                self._enter_write(partition, work, zero)
-                self._database.log.append(("enter", (partition, epoch, tuple(operations)), done))
-        if work.operations:
+                for work, zero in moved:
+                    self._enter_write(work.partition, work, zero)
+                self._database.log.append(("enter_parts", (tuple(ordered),), [done[part[0]] for part in ordered]))
+        for work, _ in moved:
             self._database.world.auditor.entered(work.operations)
         await self._committed()
+        return [done[part[0]] for part in parts]
+
+    def _entering(self, partition: int, epoch: int, operations: Sequence[Entering], moving: bool) -> tuple[_Entering, list[Any]]:
+        tables = self._tables
+        row = tables.epochs.get(partition, {}).get(epoch)
+        if row is None or row[0] != "open":
+            raise EpochClosed(f"partition {partition}: epoch {epoch} is {row[0] if row else 'unknown'}, nothing enters in it")
+        zero = tables.epochs[partition][0]
+        stock = self._entering_stock([each for each in operations if each.key not in tables.claims])
+        sold = self._sold({each.reference for each in operations if each.kind == Kind.TAKE_BACK})
+        return _Entering(partition, epoch, zero[1], stock, set(), {}, sold, movements=moving), zero
+
+    def _walk_entering(self, work: _Entering, epoch: int, operations: Sequence[Entering]) -> list[Entered]:
+        tables = self._tables
+        done: list[Entered] = []
+        for operation in operations:
+            before = tables.claims.get(operation.key)
+            if before is None:
+                done.append(work.take(operation))
+                continue
+            known = _operation_row(before)
+            if known.fingerprint != operation.fingerprint:
+                raise OperationConflict(split_key(operation.key)[1])
+            ours = (known.position.partition, known.position.epoch) == (work.partition, 0)
+            pending = tables.credits.get((work.partition, known.position.sequence)) if ours else None
+            credit = None
+            if pending is not None and pending[0] == epoch and pending[3] == "pending":
+                credit = Credit(known.position, epoch, known.key, tuple(pending[2]))
+            done.append(Entered(known.position, known.remaining, credit, True))
         return done
 
     def _entering_stock(self, operations: Sequence[Entering]) -> dict[str, Stock]:
@@ -560,6 +597,16 @@ class SimLedger:
     async def due_holds(self, partition: int, limit: int, pinned_before_ms: int) -> list[ReservationRow]:
         return []
 
+    async def live_holds(self, partition: int, fields: Sequence[str]) -> list[ReservationRow]:
+        await self._query()
+        wanted = set(fields)
+        found = [
+            hold
+            for _, hold in sorted(self._tables.holds.items())
+            if hold.state == HELD and hold.partition == partition and any(hold.lines[name][1] for name in wanted & hold.lines.keys())
+        ]
+        return [reservation_row(_as_stored(hold)) for hold in found]
+
     async def nonces(self, positions: Sequence[Position]) -> dict[Position, str]:
         await self._query()
         entries = self._tables.entries
@@ -607,7 +654,7 @@ class SimLedger:
                     "operation_id": operation_id, "claim": None, "kind": operation.kind, "order_id": operation.order or None,
                     "reference": operation.reference or None, "fingerprint": operation.fingerprint,
                     "receipt": json.dumps([list(operation.lines), list(operation.remaining)]), "status": "rejected",
-                    "kept": False, "at_ms": entry.at_ms, "reason": reason,
+                    "kept": False, "at_ms": entry.at_ms, "reason": reason, "lines": len(operation.lines) // 2,
                 }  # fmt: skip
                 for name, value in values.items():
                     row[_AT[name]] = value
@@ -678,7 +725,7 @@ class SimRebuilding:
             if p == self._partition and e < self._epoch and void[5] == "pending":
                 void[5] = "closed"
         rows[self._epoch][0] = "open"
-        self._ledger._database.log.append(("open", (self._partition, self._epoch), None))
+        self._ledger._database.log.append(("open", (self._partition, self._epoch), self._extended))
         self._ledger._database.lock(self._partition).leave(self._claimant)
         self._ledger._database.world.auditor.opened(self._partition, self._epoch)
         await self._ledger._committed()
@@ -692,12 +739,13 @@ def _as_stored(hold: Hold) -> Hold:
     """As a fresh reading of its rows would give it."""
     found = copy.copy(hold)
     found.lines = {name: list(counts) for name, counts in hold.lines.items()}
+    found.foreign = {name: list(counts) for name, counts in hold.foreign.items()}
     found.stored, found.touched, found.moved, found.born = True, False, set(), set()
     return found
 
 
 def _operation_row(row: list[Any]) -> OperationRow:
-    flat, remaining = json.loads(row[_AT["receipt"]])
+    flat, remaining, *parts = json.loads(row[_AT["receipt"]])
     return OperationRow(
         position=Position(*row[:3]),
         index=row[3],
@@ -711,4 +759,5 @@ def _operation_row(row: list[Any]) -> OperationRow:
         status=row[STATUS],
         kept=row[KEPT],
         at_ms=row[_AT["at_ms"]],
+        parts=tuple(tuple(part) for part in parts[0]) if parts else (),
     )

@@ -10,8 +10,13 @@ from typing import Any, Final
 from unittest import mock
 
 from inventory_sdk.ledger.decide import CLAIM, Verdicts
+from inventory_sdk.running import Running
+from inventory_sdk.stock import spanning
+from inventory_sdk.stock.givers import Givers
 from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.waits import Waits
 from inventory_sdk.stock.wire import script
+from inventory_sdk.sync import recovery
 from inventory_sdk.sync.buffer import Buffer
 from inventory_sdk.sync.follower import Follower
 from tests.model.simulator.broker import SimQueue
@@ -44,17 +49,6 @@ def _lua(name: str, *changes: tuple[str, str]) -> Callable[[ExitStack], None]:
 
 def _attribute(owner: Any, name: str, value: Any) -> Callable[[ExitStack], None]:
     return lambda stack: stack.enter_context(mock.patch.object(owner, name, value)) and None
-
-
-def _xadd_last(stack: ExitStack) -> None:
-    target = script("batch")
-    line = "  call('XADD', KEYS[10], position, 'b', body, unpack(ARGV, 8))\n"
-    end = "  bulk('HSET', KEYS[4], set)\nend\n"
-    if line not in target.text or target.text.count(end) != 1:
-        raise LookupError("batch.lua writes otherwise now: bring the mutation up to date")
-    text = target.text.replace(line, "").replace(end, "  bulk('HSET', KEYS[4], set)\n" + line + "end\n")
-    stack.enter_context(mock.patch.object(target, "text", text))
-    stack.enter_context(mock.patch.object(target, "digest", hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()))
 
 
 def _no_claims(stack: ExitStack) -> None:
@@ -126,6 +120,15 @@ async def _at_once() -> None:
     """Nothing."""
 
 
+async def _answer(value: Any) -> Any:
+    return value
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    """A coroutine function that answers this, whatever it is asked."""
+    return lambda *_, **__: _answer(value)
+
+
 MUTATIONS: Final[dict[str, Mutation]] = {
     "results": Mutation(
         "the record of each operation id in Redis",
@@ -141,7 +144,14 @@ MUTATIONS: Final[dict[str, Mutation]] = {
         "`not_after`: a script stuck in a dead connection refuses to run later",
         _lua("batch", ("if now > tonumber(ARGV[3]) then return refuse('late') end", "")),
     ),
-    "xadd_first": Mutation("XADD is the first write", _xadd_last),
+    "xadd_first": Mutation(
+        "XADD is the first write",
+        _lua(
+            "batch",
+            ("  body = entry(journal)\n  call('XADD', KEYS[10], position, 'b', body)\n", "  body = entry(journal)\n"),
+            ("  bulk('HSET', KEYS[4], set)\n", "  bulk('HSET', KEYS[4], set)\n  call('XADD', KEYS[10], position, 'b', body)\n"),
+        ),
+    ),
     "cover": Mutation(
         "a take needs that much available",
         _lua(
@@ -165,6 +175,23 @@ MUTATIONS: Final[dict[str, Mutation]] = {
         "after a lost reply nothing is sent again before the first script can't run any more",
         _attribute(Partition, "outlive", lambda *_: _at_once()),
     ),
+    "owed_epoch": Mutation(
+        "a credit or a void is made only in the epoch in which it is owed",
+        _lua("batch", ("return op[9] ~= '' and string.match(op[9], '^%d+') ~= epoch end", "return false end")),
+    ),
+    "aborted": Mutation(
+        "a decision on a part that was given up is refused",
+        _lua("batch", ("if results[abort_name(op[2], op[11][j]) .. '\\31'] then return true end", "")),
+    ),
+    "part_level": Mutation(
+        "the parts of a call reach its level before home decides", _attribute(spanning._Work, "_secure", _always(False))
+    ),
+    "givers": Mutation("a sale at queue also sends what gave it its stock", _attribute(Givers, "confirm", _always(0))),
+    "waits": Mutation("replica and aof wait for the copies", _attribute(Waits, "_outcome", _always(""))),
+    "queue_end": Mutation(
+        "a recovery takes from the queue what Redis has lost", _attribute(recovery._Ending, "_receive_to_marker", _always(None))
+    ),
+    "verdict": Mutation("database answers for the operation, not for its position", _attribute(Running, "_verdict", _always(None))),
     "unbind": Mutation("an epoch that is over is unbound in the queue", _attribute(SimQueue, "unbind", lambda *_: _at_once())),
     "load_if_absent": Mutation(
         "a load writes only fields that are absent",

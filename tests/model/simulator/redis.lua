@@ -4,7 +4,7 @@
 -- Returns the functions that the double in Python calls.
 
 local find, sub, byte, fmt, char = string.find, string.sub, string.byte, string.format, string.char
-local db, clock_ms, clock_us, run_id, fail_xadd
+local db, clock_ms, clock_us, run_id, fail_xadd, full
 local group, seen
 
 -- JSON, as Redis' cjson reads and prints it ---------------------------------------------------------------------------------
@@ -134,9 +134,11 @@ local function drop_if_empty(key, held)
 end
 
 function commands.TIME() return {fmt('%.0f', math.floor(clock_ms / 1000)), fmt('%.0f', (clock_ms % 1000) * 1000 + clock_us)} end
-function commands.INFO() return '# Server\r\nredis_version:7.0.15\r\nrun_id:' .. run_id .. '\r\n' end
+function commands.INFO()
+  if run_id == '' then error("NOPERM this user has no permissions to run the 'info' command", 0) end
+  return '# Server\r\nredis_version:7.0.15\r\nrun_id:' .. run_id .. '\r\n'
+end
 function commands.PING() return {ok = 'PONG'} end
-function commands.WAIT() return 0 end
 
 function commands.TYPE(key)
   local held = db.keys[key]
@@ -180,6 +182,13 @@ function commands.PTTL(key)
   return held.expires and held.expires - clock_ms or -1
 end
 
+function commands.PEXPIRE(key, time)
+  local held = typed(key, 'string')
+  if not held then return 0 end
+  held.expires = clock_ms + tonumber(time)
+  return 1
+end
+
 function commands.HGET(key, name)
   local held = typed(key, 'hash')
   return held and held.v[name] or false
@@ -213,6 +222,9 @@ function commands.HKEYS(key)
   for i = 1, #all, 2 do out[#out + 1] = all[i] end
   return out
 end
+
+-- All of it at once: small hashes are answered like that by a real one too.
+function commands.HSCAN(key) return {'0', commands.HGETALL(key)} end
 
 function commands.HLEN(key)
   local held = typed(key, 'hash')
@@ -265,10 +277,15 @@ function commands.HDEL(key, ...)
 end
 
 function commands.ZADD(key, ...)
-  local held, given, new = typed(key, 'zset', true), {...}, 0
+  local held, given, new = typed(key, 'zset'), {...}, 0
+  local only = string.upper(given[1]) == 'XX'
+  if only then table.remove(given, 1) end
+  if only and not held then return 0 end
+  held = held or typed(key, 'zset', true)
   for i = 1, #given, 2 do
-    if held.v[given[i + 1]] == nil then new = new + 1 end
-    held.v[given[i + 1]] = tonumber(given[i])
+    local there = held.v[given[i + 1]] ~= nil
+    if not there and not only then new = new + 1 end
+    if there or not only then held.v[given[i + 1]] = tonumber(given[i]) end
   end
   held.n = held.n + new
   return new
@@ -367,6 +384,20 @@ function commands.XRANGE(key, first, last, option, count)
   return out
 end
 
+function commands.XREVRANGE(key, last, first, option, count)
+  local held, out = typed(key, 'stream'), {}
+  if not held then return out end
+  local a, b = place(first, 0)
+  local c, d = place(last, math.huge)
+  local most = option and tonumber(count) or math.huge
+  for i = held.n, 1, -1 do
+    local entry = held.v[i]
+    if #out >= most or before(entry[3], entry[4], a, b) then break end
+    if not before(c, d, entry[3], entry[4]) then out[#out + 1] = {entry[1], entry[2]} end
+  end
+  return out
+end
+
 function commands.XTRIM(key, option, id)
   local held = typed(key, 'stream')
   if not held then return 0 end
@@ -382,7 +413,9 @@ function commands.XTRIM(key, option, id)
   return gone
 end
 
-for _, name in ipairs({'DEL', 'UNLINK', 'SET', 'HSET', 'HSETNX', 'HDEL', 'HINCRBY', 'ZADD', 'ZREM', 'XADD', 'XTRIM'}) do writes[name] = true end
+-- What a full Redis refuses, unless the script has written before.
+local denied = {SET = true, HSET = true, HSETNX = true, HINCRBY = true, ZADD = true, XADD = true}
+for _, name in ipairs({'DEL', 'UNLINK', 'SET', 'HSET', 'HSETNX', 'HDEL', 'HINCRBY', 'ZADD', 'ZREM', 'XADD', 'XTRIM', 'PEXPIRE'}) do writes[name] = true end
 
 -- What scripts see ------------------------------------------------------------------------------------------------------------
 
@@ -395,6 +428,7 @@ end
 local function perform(name, ...)
   local command = commands[string.upper(name)]
   if not command then error("ERR unknown command '" .. name .. "' (the simulator's Redis lacks it)", 0) end
+  if full and group == nil and denied[string.upper(name)] then error("OOM command not allowed when used memory > 'maxmemory'.", 0) end
   local given = {...}
   for i = 1, #given do given[i] = text_of(given[i]) end
   local reply = command(unpack(given))
@@ -416,8 +450,8 @@ redis = {
   sha1hex = nil,
 }
 
-local function enter(state, ms, us, server, failing)
-  db, clock_ms, clock_us, run_id, fail_xadd = state, ms, us, server, failing
+local function enter(state, ms, us, server, trouble)
+  db, clock_ms, clock_us, run_id, fail_xadd, full = state, ms, us, server, trouble == 'xadd', trouble == 'full'
   group, seen = nil, {}
 end
 
@@ -439,15 +473,15 @@ function out.compile(text)
 end
 
 -- Answers (fine, reply, entries added or nil, counters written or nil).
-function out.script(state, ms, us, server, failing, run, keys, arguments)
-  enter(state, ms, us, server, failing)
+function out.script(state, ms, us, server, trouble, run, keys, arguments)
+  enter(state, ms, us, server, trouble)
   KEYS, ARGV = keys, arguments
   local fine, reply = pcall(run)
   return fine, reply, leave()
 end
 
-function out.command(state, ms, us, server, failing, ...)
-  enter(state, ms, us, server, failing)
+function out.command(state, ms, us, server, trouble, ...)
+  enter(state, ms, us, server, trouble)
   local fine, reply = pcall(perform, ...)
   return fine, reply, leave()
 end
@@ -455,7 +489,7 @@ end
 -- A new state with only the first `count` groups of another one's log.
 function out.replay(from, count)
   local state = out.new()
-  clock_ms, clock_us, run_id, fail_xadd, seen = 0, 0, '', false, nil
+  clock_ms, clock_us, run_id, fail_xadd, full, seen = 0, 0, '', false, false, nil
   for i = 1, count do
     db = state
     for _, each in ipairs(from.log[i]) do commands[each[1]](unpack(each[2])) end

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -94,6 +94,8 @@ def runtime() -> Runtime:
 class ScriptCall:
     """What a server was told and what it said, for the comparison with a real one."""
 
+    life: str
+    """Of which server, until it was emptied."""
     run_id: str
     now_ms: int
     text: bytes
@@ -107,18 +109,35 @@ class Server:
 
     def __init__(self, world: World, run_id: str, state: Any, skew_ms: int = 0) -> None:
         self.world = world
-        self.run_id = run_id
+        self.name = run_id
+        self.run_id = "" if world.anonymous else run_id
+        """What it tells of itself."""
         self.state = state
         self.skew_ms = skew_ms
         self.up = True
         self.demoted = False
-        self.failing_xadd = False
-        self.out_of_memory = False
+        self.trouble = b""
+        """``xadd``: entries can't be added; ``full``: no memory."""
+        self.copied = self.synced = self.length()
+        """Write groups that its replica has, and that its disk has."""
+        self.alone = False
+        """Its replica has been promoted and listens no more."""
+        self._life = 0
+        """How often it was emptied: what was on its way to copies then is gone."""
+        self._waiting: list[tuple[str, int, Callable[[int], None]]] = []
         self.known: dict[bytes, bytes] = {}
         self.connections: dict[SimConnection, None] = {}
 
     def now_ms(self) -> int:
         return int((EPOCH + self.world.loop.time()) * 1000) + self.skew_ms
+
+    def flush(self) -> None:
+        """FLUSHALL: its copies follow."""
+        self.state = runtime().out[b"new"]()
+        self.copied = self.synced = 0
+        self._life += 1
+        for connection in self.connections:
+            connection.flushed()
 
     def length(self) -> int:
         """Write groups in the log."""
@@ -132,7 +151,7 @@ class Server:
         if self.demoted and name in (b"SET", b"HDEL", b"XADD", b"HSET", b"DEL"):
             return ReadOnlyError("You can't write against a read only replica.")
         lua = runtime()
-        fine, reply, added, counters = lua.out[b"command"](self.state, self.now_ms(), 0, self.run_id.encode(), self.failing_xadd, *words)
+        fine, reply, added, counters = lua.out[b"command"](self.state, self.now_ms(), 0, self.run_id.encode(), self.trouble, *words)
         self._observe(added, counters)
         return lua.plain(reply) if fine else error_of(reply.decode())
 
@@ -147,8 +166,6 @@ class Server:
             text = found
         if self.demoted:
             return ReadOnlyError("You can't write against a read only replica.")
-        if self.out_of_memory:
-            return OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
         lua = runtime()
         count = int(words[2])
         keys, arguments = words[3 : 3 + count], words[3 + count :]
@@ -158,16 +175,59 @@ class Server:
             now_ms,
             0,
             self.run_id.encode(),
-            self.failing_xadd,
+            self.trouble,
             lua.compiled(text),
             lua.lua.table_from(keys),
             lua.lua.table_from(arguments),
         )
         self._observe(added, counters)
         answer = lua.plain(reply) if fine else error_of(reply.decode(errors="replace"))
-        if self.world.scripts is not None and not self.failing_xadd:
-            self.world.scripts.append(ScriptCall(self.run_id, now_ms, text, list(keys), list(arguments), answer))
+        if self.world.scripts is not None and not self.trouble:
+            life = f"{self.name}.{self._life}"
+            self.world.scripts.append(ScriptCall(life, self.run_id, now_ms, text, list(keys), list(arguments), answer))
         return answer
+
+    # Copies and the disk -----------------------------------------------------------------------------------------------------
+
+    def written(self) -> int:
+        """After a command: how long the log is. What is new reaches the replica and the disk some time later."""
+        length = self.length()
+        if self.world.copies and length > max(self.copied, self.synced):
+            world = self.world
+            lag = world.random.uniform(0.3, 4.0) if world.chance("replica_lags") else world.random.uniform(0.0003, 0.004)
+            life = self._life
+            world.later(lag, lambda: self._reached("copied", length, life))
+            world.later(world.random.uniform(0.001, 0.3), lambda: self._reached("synced", length, life))
+        return length
+
+    def _reached(self, which: str, length: int, life: int) -> None:
+        if not self.up or life != self._life or (which == "copied" and self.alone):
+            return
+        setattr(self, which, max(getattr(self, which), length))
+        for waiting in list(self._waiting):
+            if waiting[0] == which and waiting[1] <= length:
+                self._waiting.remove(waiting)
+                waiting[2](1)
+
+    def wait(self, words: Sequence[bytes], length: int, answer: Callable[[Any], None]) -> None:
+        """WAIT and WAITAOF: ``answer`` is called once they reply, for what stood at ``length`` in the log."""
+        which = "copied" if words[0] == b"WAIT" else "synced"
+
+        def reply(number: int) -> None:
+            answer(number if which == "copied" else [number, 0])
+
+        if getattr(self, which) >= length:
+            reply(1)
+            return
+        waiting = (which, length, reply)
+        self._waiting.append(waiting)
+
+        def give_up() -> None:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+                reply(0)
+
+        self.world.later(int(words[-1]) / 1000, give_up)
 
     def _observe(self, added: Any, counters: Any) -> None:
         """The auditor sees what was written, whoever wrote it."""
@@ -195,6 +255,8 @@ class SimConnection:
         self.socket_timeout: float | None = None
         self._replies: deque[Any] = deque()
         self._last_arrival = 0.0
+        self._wrote = 0
+        """Where the log stood after the last command of this connection that wrote."""
 
     async def connect(self) -> None:
         if self.server is not None and not self.broken:
@@ -205,6 +267,7 @@ class SimConnection:
             raise RedisConnectionError("connection refused")
         self.server = server
         self.broken = False
+        self._wrote = 0
         server.connections[self] = None
 
     async def disconnect(self, *_: Any, **__: Any) -> None:
@@ -218,7 +281,7 @@ class SimConnection:
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         data = command if isinstance(command, bytes) else b"".join(command)
-        self._send(_unpacked(data))
+        self._send(*_unpacked(data))
 
     async def send_command(self, *words: Any, **_: Any) -> None:
         self._send([word if isinstance(word, bytes) else str(word).encode() for word in words])
@@ -231,6 +294,10 @@ class SimConnection:
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+    def flushed(self) -> None:
+        """The log began anew."""
+        self._wrote = 0
 
     def cut(self, error: str = "connection reset by peer") -> None:
         """The connection breaks: whoever waits hears of it."""
@@ -246,45 +313,59 @@ class SimConnection:
 
     _waiting: Any = ()
 
-    def _send(self, words: list[bytes]) -> None:
+    def _send(self, *commands: list[bytes]) -> None:
+        """Commands of one packet: one fate for all of them."""
         server = self.server
         if self.broken or server is None:
             raise RedisConnectionError("connection lost")
         loop = self.world.loop
-        future = loop.create_future()
-        self._replies.append(future)
-        waiting = [each for each in self._waiting if not each.done()]
-        waiting.append(future)
-        self._waiting = waiting
-        fate = self.world.network.request(self, words)
+        futures = [loop.create_future() for _ in commands]
+        self._replies.extend(futures)
+        self._waiting = [each for each in self._waiting if not each.done()] + futures
+        fate = self.world.network.request(self, commands[0])
         if fate.lost:
             return
         at = max(self._last_arrival, loop.time() + fate.delay)
         self._last_arrival = at
 
-        def arrive() -> None:
-            if not server.up:
-                if not future.done():
-                    future.set_result(RedisConnectionError("connection reset by peer"))
-                return
-            reply = server.execute(words)
-            if fate.reset:
-                self.cut()
-            elif not fate.silent:
+        def answered(future: Any, reply: Any) -> None:
+            if not fate.silent and not fate.reset:
                 self.world.later(fate.back, lambda: future.done() or future.set_result(reply))
 
+        def arrive() -> None:
+            if not server.up:
+                self.cut()
+                return
+            for words, future in zip(commands, futures, strict=True):
+                if words[0] in (b"WAIT", b"WAITAOF"):
+                    server.wait(words, self._wrote, partial(answered, future))
+                    continue
+                before = server.length()
+                reply = server.execute(words)
+                after = server.written()
+                if after > before:
+                    self._wrote = after
+                answered(future, reply)
+            if fate.reset:
+                self.cut()
+
         self.world.later(at - loop.time(), arrive)
+        self.process.maybe_dies()
 
 
-def _unpacked(data: bytes) -> list[bytes]:
-    words: list[bytes] = []
-    at = data.index(b"\r\n") + 2
-    for _ in range(int(data[1 : at - 2])):
-        end = data.index(b"\r\n", at)
-        size = int(data[at + 1 : end])
-        words.append(data[end + 2 : end + 2 + size])
-        at = end + 4 + size
-    return words
+def _unpacked(data: bytes) -> list[list[bytes]]:
+    commands: list[list[bytes]] = []
+    at = 0
+    while at < len(data):
+        start, at = at, data.index(b"\r\n", at) + 2
+        words: list[bytes] = []
+        for _ in range(int(data[start + 1 : at - 2])):
+            end = data.index(b"\r\n", at)
+            size = int(data[at + 1 : end])
+            words.append(data[end + 2 : end + 2 + size])
+            at = end + 4 + size
+        commands.append(words)
+    return commands
 
 
 class SimPool:

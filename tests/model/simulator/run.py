@@ -23,8 +23,12 @@ from inventory_sdk.inventory import Inventory
 from inventory_sdk.metrics.events import Event, Retried
 from inventory_sdk.model import Line
 from inventory_sdk.stock import batch as batch_module
+from inventory_sdk.stock import deciding as deciding_module
+from inventory_sdk.stock import spanning as spanning_module
+from inventory_sdk.stock import upkeep as upkeep_module
 from inventory_sdk.sync import recovery as recovery_module
 from inventory_sdk.sync import watermark as watermark_module
+from inventory_sdk.sync.publish import Publisher
 from tests.model.simulator import final
 from tests.model.simulator.auditor import Attempt, Violation
 from tests.model.simulator.broker import SimQueue
@@ -51,7 +55,13 @@ RATES: Final = {
     "commit_broken": 0.04,
     "commit_unheard": 0.04,
     "caller_cancelled": 0.06,
+    "replica_lags": 0.1,
+    "struck": 0.05,
+    "killed_here": 0.002,
 }
+FOCUSED: Final = (
+    "delayed", "request_held", "reply_lost", "publish_lost", "publish_late", "confirm_lost", "ack_lost", "commit_broken", "commit_unheard",
+)  # fmt: skip
 EVENTS: Final = (
     "kill_caller",
     "kill_worker",
@@ -59,6 +69,7 @@ EVENTS: Final = (
     "redis_restarted",
     "redis_rolled_back",
     "redis_emptied",
+    "redis_flushed",
     "failed_over",
     "broker_restarted",
     "broker_emptied",
@@ -67,7 +78,16 @@ EVENTS: Final = (
     "xadd_fails",
 )
 NAMESPACE: Final = "sim"
-WORKER: Final = {"idle": 0.25, "take_over": 3.0, "credit_grace": 1.0, "first_delay": 0.02, "longest_delay": 1.0}
+PUBLISH_TIMEOUT: Final = 1.5
+WORKER: Final = {
+    "idle": 0.4,
+    "take_over": 3.0,
+    "credit_grace": 1.0,
+    "first_delay": 0.02,
+    "longest_delay": 1.0,
+    "rebind": 5.0,
+    "publish_timeout": PUBLISH_TIMEOUT,
+}
 PATIENCE: Final = 400.0
 """Virtual seconds after the last fault within which everybody has an answer and all is quiet."""
 
@@ -85,6 +105,12 @@ class Plan:
     rates: dict[str, float]
     events: list[tuple[float, str]]
     faulty_start: bool
+    spanning: float = 0.0
+    copies: bool = False
+    anonymous: bool = False
+    scarce: bool = False
+    redis_timeout: float = 0.5
+    window: float = 86_400.0
 
 
 def plan_of(seed: int) -> Plan:
@@ -101,13 +127,18 @@ def plan_of(seed: int) -> Plan:
                 rates[kind] = rate * chance.choice((0.3, 1.0, 2.5))
         kinds = [kind for kind in EVENTS if chance.random() < share]
         # What is confirmed survives the loss of Redis or of the broker, not of both.
-        if any(kind.startswith(("redis_rolled", "redis_emptied", "failed")) for kind in kinds):
+        if any(kind.startswith(("redis_rolled", "redis_emptied", "redis_flushed", "failed")) for kind in kinds):
             kinds = [kind for kind in kinds if kind != "broker_emptied"]
+        if chance.random() < 0.3:
+            # One kind of trouble, far more often than the rest.
+            rates[chance.choice(FOCUSED)] = 0.25
+        if "broker_emptied" in kinds:
+            rates.pop("struck", None)
         many = chance.choice((1, 2, 3, 5)) if kinds else 0
         events = [(chance.uniform(0.0, span), chance.choice(kinds)) for _ in range(many)]
     return Plan(
         seed=seed,
-        partitions=chance.choice((1, 1, 2)),
+        partitions=chance.choice((1, 1, 2, 3)),
         callers=chance.randint(1, 3),
         workers=chance.choice((1, 1, 2)),
         calls=chance.choice((10, 25, 45)),
@@ -115,18 +146,26 @@ def plan_of(seed: int) -> Plan:
         rates=rates,
         events=sorted(events),
         faulty_start=chance.random() < 0.2,
+        spanning=chance.choice((0.0, 0.3, 0.6)),
+        copies=chance.random() < 0.3,
+        anonymous=chance.random() < 0.08,
+        scarce=chance.random() < 0.3,
+        redis_timeout=chance.choice((0.5, 0.5, 0.5, 2.5)),
+        window=15.0 if chance.random() < 0.03 else 86_400.0,
     )
 
 
 class Sink:
     """Metrics of all processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self._world = world
         self.retried: Counter[str] = Counter()
 
     def record(self, event: Event) -> None:
         if isinstance(event, Retried):
             self.retried[event.what] += 1
+            self._world.trace("retried", event.what, event.reason)
 
 
 class SimServers:
@@ -167,15 +206,19 @@ class Run:
     def __init__(self, plan: Plan, tracing: bool) -> None:
         self.plan = plan
         rates = plan.rates if plan.faulty_start else {}
-        self.world = World(plan.seed, rates, tracing)
-        self.scenario = Scenario(random.Random(f"scenario {plan.seed}"), plan.partitions)
-        self.sink = Sink()
+        self.world = World(plan.seed, rates, tracing, plan.copies, plan.anonymous)
+        self.world.bereaved = self.bereaved
+        self.world.forgets = plan.window if plan.window < 3600 else 0.0
+        spanning = plan.spanning if plan.partitions > 1 else 0.0
+        self.scenario = Scenario(random.Random(f"scenario {plan.seed}"), plan.partitions, spanning, plan.copies, plan.scarce)
+        self.sink = Sink(self.world)
         self.callers: list[tuple[Process, Inventory]] = []
         self.workers: list[tuple[Process, Any]] = []
         self.calls: list[asyncio.Task[None]] = []
         self.numbers = count(1)
         self.names = count(1)
         self.starting = 0
+        self.strikes = 2
         self.closing = False
 
     # Processes -------------------------------------------------------------------------------------------------------------------
@@ -188,7 +231,8 @@ class Run:
                 namespace=NAMESPACE,
                 partitions=self.plan.partitions,
                 metrics=[self.sink],
-                redis_timeout=0.5,
+                redis_timeout=self.plan.redis_timeout,
+                results_window=self.plan.window,
                 lanes={},
             )
         for name in ("lost", "rejected", "duplicate", "frozen", "recovered", "fork", "late_entry", "unreadable"):
@@ -216,6 +260,7 @@ class Run:
 
         async def live() -> None:
             self.callers.append((process, await self._started(process)))
+            process.ready = True
             self.starting -= 1
 
         self.world.loop.begin(process, live(), process.name)
@@ -230,11 +275,21 @@ class Run:
             inventory = await self._started(process)
             worker = inventory._ready().make_worker(**WORKER)
             self.workers.append((process, (inventory, worker)))
-            await worker.start()
+            process.ready = True
             self.starting -= 1
+            await worker.start()
             await worker.wait()
 
         self.world.loop.begin(process, live(), process.name)
+
+    def bereaved(self, process: Process) -> None:
+        """It died at one of its awaits; a supervisor starts another one."""
+        if process.leaving:
+            return  # it has its successor
+        if not process.ready:
+            self.starting -= 1
+        begin = self.begin_worker if process.name.startswith("worker") else self.begin_caller
+        self.world.later(self.world.random.uniform(0.1, 2.0), begin)
 
     # Calls -----------------------------------------------------------------------------------------------------------------------
 
@@ -254,6 +309,10 @@ class Run:
             self.world.later(self.world.random.choice((0.0, 0.0005, 0.002, 0.02, 0.5)), lambda: process.dead or task.cancel())
         return attempt
 
+    def _soon(self, call: Call) -> None:
+        """Somebody is quick."""
+        self.world.later(self.world.random.choice((0.0, 0.002, 0.01, 0.05)), lambda: self.call(call))
+
     async def _make(self, inventory: Inventory, call: Call, attempt: Attempt) -> None:
         auditor = self.world.auditor
         auditor.asks(attempt)
@@ -272,6 +331,20 @@ class Run:
             return
         auditor.answered(attempt, receipt)
         self.scenario.accepted(call, receipt)
+        self._struck(receipt.durability)
+
+    def _struck(self, level: str) -> None:
+        """At once after an answer: the worst that its level survives."""
+        world = self.world
+        if not self.strikes or level not in ("replica", "aof", "queue") or not world.chance("struck"):
+            return
+        self.strikes -= 1
+        if level == "replica":
+            world.fail_over(12, 0.3)
+        elif level == "aof":
+            world.crash_redis(12, 0.2)
+        else:
+            world.flush_redis()
 
     async def _perform(self, inventory: Inventory, call: Call) -> Any:
         stock = inventory.stock
@@ -332,6 +405,7 @@ class Run:
                 return
             process, (inventory, worker) = chance.choice(living)
             self.workers = [each for each in self.workers if each[0] is not process]
+            process.leaving = True
 
             async def stop() -> None:
                 await worker.stop()
@@ -345,6 +419,8 @@ class Run:
             world.crash_redis(chance.randint(1, 12), chance.uniform(0.05, 2.0))
         elif kind == "redis_emptied":
             world.crash_redis(None, chance.uniform(0.05, 2.0))
+        elif kind == "redis_flushed":
+            world.flush_redis()
         elif kind == "failed_over":
             world.fail_over(chance.randint(0, 8), chance.choice((0.0, 0.3, 2.0)))
         elif kind == "broker_restarted":
@@ -354,9 +430,9 @@ class Run:
         elif kind == "database_restarted":
             world.database.restart(chance.uniform(0.1, 2.0))
         elif kind in ("redis_full", "xadd_fails"):
-            server, name = world.redis, "out_of_memory" if kind == "redis_full" else "failing_xadd"
-            setattr(server, name, True)
-            world.later(chance.uniform(0.1, 1.5), lambda: setattr(server, name, False))
+            server = world.redis
+            server.trouble = b"full" if kind == "redis_full" else b"xadd"
+            world.later(chance.uniform(0.1, 1.5), lambda: setattr(server, "trouble", b""))
         world.count(kind)
 
     def heal(self) -> None:
@@ -401,10 +477,14 @@ class Run:
             else:
                 for _ in range(chance.choice((1, 1, 1, 3))):
                     self.call(self.scenario.next())
+                while self.scenario.soon:
+                    self._soon(self.scenario.soon.pop())
         await asyncio.sleep(chance.uniform(0.0, 3.0))
         self.heal()
         await self._quiet()
         final.audit(world, plan.partitions)
+        if world.forgets:
+            await asyncio.sleep(2 * plan.window + 3.0)
         await self._repeat()
         await self._quiet()
         final.audit(world, plan.partitions)
@@ -417,7 +497,8 @@ class Run:
             while True:
                 attempt = self.call(call, cancel=False)
                 if attempt is not None:
-                    await asyncio.wait([self.calls[-1]])
+                    task: Any = self.calls[-1]
+                    await self._until(lambda task=task: task.done() or task.process.dead, f"{attempt} waits for ever", step=0.01)
                     if attempt.state == "done":
                         break
                 await asyncio.sleep(0.3)
@@ -431,10 +512,11 @@ class Run:
         for call in world.random.sample(chosen, min(6, len(chosen))):
             key = f"{call.merchant}\x1f{call.name}"
             stands = key in world.database.tables.claims
+            await self._until(lambda: any(not process.dead for process, _ in self.callers), "no caller lives")
             attempt = self.call(call, cancel=False)
             assert attempt is not None
             await self._until(lambda attempt=attempt: attempt.state != "running", f"{attempt} waits for ever", step=0.01)
-            if stands and attempt.state == "done":
+            if stands and attempt.state == "done" and not world.forgets:
                 assert attempt.receipt is not None
                 world.auditor.must(attempt.receipt.replayed, f"{attempt} stands and was accepted again")
 
@@ -537,6 +619,13 @@ def _same_every_time() -> Iterator[None]:
         mock.patch.object(running_module, "Watermark", partial(watermark_module.Watermark, longest=0.3)),
         mock.patch.object(running_module, "open_first", partial(recovery_module.open_first, timeout=5.0, poll=0.3)),
         mock.patch.object(running_module, "from_url", lambda queue, *_, **__: queue),
+        mock.patch.object(running_module, "Publisher", partial(Publisher, timeout=PUBLISH_TIMEOUT)),
+        mock.patch.object(recovery_module, "PUBLISH_TIMEOUT", PUBLISH_TIMEOUT),
+        # What takes minutes for the dead to be found takes seconds here, and what goes on for ever looks sooner.
+        mock.patch.object(deciding_module, "PART_OVERDUE_MS", 4_000),
+        mock.patch.object(spanning_module, "PART_OVERDUE_MS", 4_000),
+        mock.patch.object(deciding_module, "LOOK_AGAIN_MS", 10_000),
+        mock.patch.object(upkeep_module, "PIN_OVERDUE_MS", 4_000),
         mock.patch.object(watermark_module._Waiter, "__hash__", lambda waiter: hash(waiter.position), create=True),
         warnings.catch_warnings(),
     ):
@@ -551,6 +640,8 @@ def _tear_down(world: World) -> None:
     """Dispose of what is left, the dead included, without letting it do anything any more."""
     loop = world.loop
     world.over = True
+    world.rates.clear()
+    loop.steps = 0
     for task in list(loop.living):
         if task.process is not None:
             task.process.dead = False

@@ -1,7 +1,4 @@
-"""What the callers of one seed do: which call comes next, with which ids and lines. Pure choices, no I/O.
-
-A place for calls that span partitions: ``lines`` picks SKUs of shops of one partition; give it another partition's now and then.
-"""
+"""What the callers of one seed do: which call comes next, with which ids and lines. Pure choices, no I/O."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any
 from inventory_sdk.model import Line, Receipt, partition_of
 
 LEVELS = (None, None, "redis", "redis", "queue", "queue", "database")
+COPIES = ("replica", "replica", "aof")
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,14 @@ class Scenario:
 
     random: random.Random
     partitions: int
+    spanning: float = 0.0
+    """How often a line is of a shop in another partition."""
+    copies: bool = False
+    """Whether levels ``replica`` and ``aof`` are asked for."""
+    scarce: bool = False
+    """Whether there is little of everything."""
+    soon: list[Call] = field(default_factory=list)
+    """Calls that others make at once, behind the last one."""
     merchants: dict[int, list[str]] = field(default_factory=dict)
     """Partition → shops."""
     supply: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -58,7 +64,8 @@ class Scenario:
                     shops.append(name)
             self.merchants[partition] = shops
             for shop in shops:
-                self.supply[shop] = {sku: chance.choice((3, 8, 20, 60)) for sku in ("red", "green", "blue/ü")[: chance.randint(1, 3)]}
+                units = (2, 3) if self.scarce else (3, 8, 20, 60)
+                self.supply[shop] = {sku: chance.choice(units) for sku in ("red", "green", "blue/ü")[: chance.randint(1, 3)]}
 
     def next(self) -> Call:
         """The next call, whoever makes it."""
@@ -70,6 +77,7 @@ class Scenario:
             (10, lambda: self._close("release")),
             (4, self._extend),
             (3, lambda: self._enter("restock")),
+            (3, self._arrival),
             (2, lambda: self._enter("adjust")),
             (4, self._take_back),
             (4, self._undo),
@@ -116,6 +124,8 @@ class Scenario:
         lines: list[Line] = []
         for _ in range(chance.choice((1, 1, 1, 2, 3))):
             shop = merchant if chance.random() < 0.85 else chance.choice(neighbours)
+            if self.spanning and chance.random() < self.spanning:
+                shop = chance.choice(chance.choice(list(self.merchants.values())))
             sku = chance.choice(list(self.supply[shop]))
             lines.append(Line(sku, chance.choice((1, 1, 2, 3)) * sign, None if shop == merchant and chance.random() < 0.9 else shop))
         return lines, flat_of(lines, merchant)
@@ -125,7 +135,7 @@ class Scenario:
         return f"op-{self.number}"
 
     def _level(self) -> str | None:
-        return self.random.choice(LEVELS)
+        return self.random.choice(LEVELS + COPIES if self.copies else LEVELS)
 
     def _take(self, kind: str) -> Call:
         merchant = self._shop()
@@ -176,6 +186,21 @@ class Scenario:
         merchant = self._shop()
         lines, flat = self._lines(merchant)
         return Call(kind, merchant, self._name() if self.random.random() < 0.8 else None, {"lines": lines}, flat, None)
+
+    def _arrival(self) -> Call:
+        """A SKU that nobody had, and others who want it at once: it is loaded into Redis while it is sold."""
+        merchant = self._shop()
+        sku = f"new-{self._name()}"
+        units = self.random.randint(2, 6)
+        self.supply[merchant][sku] = units
+        for _ in range(self.random.randint(1, 4)):
+            quantity = self.random.randint(1, 2)
+            wanted = [Line(sku, quantity)]
+            call = Call("deduct", merchant, self._name(), {"lines": wanted}, flat_of(wanted, merchant), self._level())
+            self.soon.append(call)
+            self.calls.append(call)
+        lines = [Line(sku, units)]
+        return Call("restock", merchant, self._name(), {"lines": lines}, flat_of(lines, merchant))
 
     def _take_back(self) -> Call | None:
         if not self.sales:

@@ -65,12 +65,23 @@ class Process:
         self.world = world
         self.name = name
         self.dead = False
+        self.ready = False
+        """It has started."""
+        self.leaving = False
+        """It was told to stop."""
 
     async def away(self, seconds: float) -> None:
         """Be on the network for so long."""
         if self.world.over:
             raise ConnectionError("the simulation is over")
+        self.maybe_dies()
         await asyncio.sleep(seconds)
+
+    def maybe_dies(self) -> None:
+        """Any await may be the last one."""
+        if not self.dead and self.world.chance("killed_here"):
+            self.kill()
+            self.world.bereaved(self)
 
     def kill(self) -> None:
         """SIGKILL: no ``finally`` runs; what it sent is on its way, its connections are noticed to be gone later."""
@@ -84,7 +95,10 @@ class Process:
 class World:
     """Everything that one seed decides."""
 
-    def __init__(self, seed: int, rates: Mapping[str, float], tracing: bool = False) -> None:
+    bereaved: Callable[[Process], None] = staticmethod(lambda process: None)
+    """Told of a process that died by itself: somebody starts another one."""
+
+    def __init__(self, seed: int, rates: Mapping[str, float], tracing: bool = False, copies: bool = False, anonymous: bool = False) -> None:
         self.seed = seed
         self.random = random.Random(seed)
         self.loop = VirtualLoop()
@@ -92,6 +106,12 @@ class World:
         self.injected: Counter[str] = Counter()
         self.lines: list[str] = []
         self.tracing = tracing
+        self.copies = copies
+        """Whether Redis has a replica and an append-only file that calls may wait for."""
+        self.anonymous = anonymous
+        """Whether Redis' user may not ask who the server is: then only sequences and nonces tell that it went back."""
+        self.forgets = 0.0
+        """Seconds after which Redis forgets what was done; 0: not in this life."""
         self.over = False
         self.scripts: list[ScriptCall] | None = None
         """Every script call, where somebody wants to compare."""
@@ -137,24 +157,31 @@ class World:
         for connection in list(old.connections):
             connection.cut()
         count = old.length()
-        kept = 0 if forget is None else max(0, count - forget)
+        kept = 0 if forget is None else max(0, count - forget, old.synced if self.copies else 0)
         new = self._server(runtime().out[b"replay"](old.state, kept))
         new.up = False
         self.redis = new
-        self.auditor.branched(old, new, kept)
-        self.trace("redis", f"crashed, {kept} of {count} writes survive, back in {seconds:.2f} s as {new.run_id}")
+        self.auditor.branched(old, new, "emptied" if forget is None else "rolled_back")
+        self.trace("redis", f"crashed, {kept} of {count} writes survive, back in {seconds:.2f} s as {new.name}")
         self.later(seconds, lambda: setattr(new, "up", True))
+
+    def flush_redis(self) -> None:
+        """Somebody empties the running server."""
+        self.redis.flush()
+        self.auditor.branched(self.redis, self.redis, "emptied")
+        self.trace("redis", "flushed")
 
     def fail_over(self, behind: int, stuck: float) -> None:
         """A replica that is ``behind`` writes takes over; the old primary goes on serving whoever is connected for ``stuck`` s."""
         old = self.redis
         count = old.length()
-        kept = max(0, count - behind)
+        kept = max(0, count - behind, old.copied if self.copies else 0)
+        old.alone = True
         new = self._server(runtime().out[b"replay"](old.state, kept), self.random.randint(-50, 50))
         self.redis = new
         self.old.append(old)
-        self.auditor.branched(old, new, kept)
-        self.trace("redis", f"failed over to {new.run_id} with {kept} of {count} writes; old one stuck for {stuck:.2f} s")
+        self.auditor.branched(old, new, "failed_over")
+        self.trace("redis", f"failed over to {new.name} with {kept} of {count} writes; old one stuck for {stuck:.2f} s")
 
         def demote() -> None:
             old.demoted = True
