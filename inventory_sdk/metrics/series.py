@@ -10,7 +10,23 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from inventory_sdk.metrics.events import Alerting, Applied, BatchSent, Behind, Happened, LaneUsed, Published, Retried
+from inventory_sdk.metrics.events import (
+    Alerting,
+    Applied,
+    BatchSent,
+    Behind,
+    Compared,
+    Governed,
+    GrayRouted,
+    GrayRules,
+    Happened,
+    HotspotsUsed,
+    LaneUsed,
+    Published,
+    Recalculated,
+    Retried,
+    Triggered,
+)
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LAG_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
@@ -165,6 +181,111 @@ def _lane(event: LaneUsed) -> Iterator[Sample]:
         yield LANE_REFUSED, (event.lane, reason), count
 
 
+HOT_KEYS = _gauge("hotspot_keys", "Keys that are hot.", across="livemax")
+HOT_WAITING = _gauge("hotspot_waiting", "Calls that wait for the pace of a hot key.")
+HOT_ALONE = _gauge("hotspot_alone", "Hot keys whose rate this process keeps alone, because Redis does not answer.", across="livemax")
+HOT_RATE = _gauge(
+    "hotspot_rate", "Calls per second of the hottest keys, at most ten, over all processes.", "merchant", "sku", across="livemax"
+)
+HOT_ADMITTED = _counter("hotspot_admitted", "Calls of hot keys that were let in.")
+HOT_REFUSED = _counter("hotspot_refused", "Calls of hot keys that were refused.", "reason")
+HOT_LEASES = _counter("hotspot_leases", "Requests for a part of the shared rate.", "outcome")
+HOT_WAIT = _histogram("hotspot_wait_seconds", "Time that calls waited for the pace of a hot key.")
+
+
+def _hotspots(event: HotspotsUsed) -> Iterator[Sample]:
+    yield HOT_KEYS, (), event.hot
+    yield HOT_WAITING, (), event.waiting
+    yield HOT_ALONE, (), event.alone
+    yield HOT_ADMITTED, (), event.admitted
+    for seconds in event.waits:
+        yield HOT_WAIT, (), seconds
+    for reason, count in event.refused.items():
+        yield HOT_REFUSED, (reason,), count
+    for outcome, count in event.leases.items():
+        yield HOT_LEASES, (outcome,), count
+    for merchant, sku, rate in event.top:
+        yield HOT_RATE, (merchant, sku), rate
+
+
+GRAY_CALLS = _counter("gray_calls", "Calls that went through a gray link to one of its sides.", "link", "variant")
+GRAY_ERRORS = _counter("gray_errors", "Those of them that raised.", "link", "variant")
+GRAY_SECONDS = _counter("gray_seconds", "Seconds that they took together.", "link", "variant", unit="s")
+GRAY_VERSION = _gauge("gray_rules_version", "Version of the rules that this process goes by.", "link", across="livemostrecent")
+GRAY_PERCENTAGE = _gauge(
+    "gray_percentage", "Percentage of merchants that the rules send to the candidate.", "link", across="livemostrecent"
+)
+GRAY_KILLED = _gauge("gray_killed", "1 while everybody is on the stable side.", "link", across="livemostrecent")
+GRAY_PAUSED = _gauge("gray_paused", "1 while the percentage may not be raised.", "link", across="livemostrecent")
+
+
+def _gray_routed(event: GrayRouted) -> Iterator[Sample]:
+    side = (event.link, event.variant)
+    yield GRAY_CALLS, side, event.calls
+    yield GRAY_ERRORS, side, event.errors
+    yield GRAY_SECONDS, side, event.seconds
+
+
+def _gray_rules(event: GrayRules) -> Iterator[Sample]:
+    link = (event.link,)
+    yield GRAY_VERSION, link, event.version
+    yield GRAY_PERCENTAGE, link, event.percentage
+    yield GRAY_KILLED, link, int(event.killed)
+    yield GRAY_PAUSED, link, int(event.paused)
+
+
+COMPARED_SKUS = _counter("compared_skus", "SKUs whose Redis counters were compared with the ledger.", "scope")
+COMPARED_HOLDS = _counter("compared_holds", "Reservations that were compared.", "scope")
+COMPARISON_SECONDS = _histogram("comparison_seconds", "Duration of a comparison.", "scope", buckets=LAG_SECONDS)
+DISCREPANCIES = _gauge(
+    "discrepancies_open", "Discrepancies at the end of the last comparison of everything.", "cause", across="livemostrecent"
+)
+
+
+def _compared(event: Compared) -> Iterator[Sample]:
+    scope = (event.scope,)
+    yield COMPARED_SKUS, scope, event.skus
+    yield COMPARED_HOLDS, scope, event.holds
+    yield COMPARISON_SECONDS, scope, event.seconds
+    for cause, count in event.open.items():
+        yield DISCREPANCIES, (cause,), count
+
+
+TRIGGER_CALLS = _counter("trigger_calls", "Calls that asked for a recalculation.", "function", "trigger")
+RECALCULATIONS = _counter("recalculations", "Runs of a coalesced function.", "function", "outcome")
+RECALCULATION_CALLS = _counter("recalculation_calls", "Requests that runs answered.", "function")
+RECALCULATION_CPU = _counter("recalculation_cpu_seconds", "CPU time of runs.", "function", unit="s")
+RECALCULATION_SECONDS = _histogram("recalculation_seconds", "Duration of a run.", "function", buckets=LAG_SECONDS)
+RECALCULATION_WAIT = _histogram("recalculation_wait_seconds", "From the first request to its run.", "function", buckets=LAG_SECONDS)
+CPU_IN_USE = _gauge("cpu_in_use_ratio", "Share of the CPU in use, as the governor sees it.", across="livemax")
+LOOP_LAG = _gauge("loop_lag_seconds", "Lateness of the event loop, smoothed.", unit="s", across="livemax")
+GOVERNOR_SHARE = _gauge(
+    "governor_share_ratio", "What the governor lets redistribution or a lane use of its own.", "what", across="livemostrecent"
+)
+
+
+def _triggered(event: Triggered) -> Iterator[Sample]:
+    for trigger, calls in event.calls.items():
+        yield TRIGGER_CALLS, (event.function, trigger), calls
+
+
+def _recalculated(event: Recalculated) -> Iterator[Sample]:
+    function = (event.function,)
+    yield RECALCULATIONS, (event.function, event.outcome), 1
+    yield RECALCULATION_CPU, function, event.cpu_seconds
+    yield RECALCULATION_SECONDS, function, event.seconds
+    if event.outcome in ("done", "failed", "cut_off"):
+        yield RECALCULATION_CALLS, function, event.calls
+        yield RECALCULATION_WAIT, function, event.waited_seconds
+
+
+def _governed(event: Governed) -> Iterator[Sample]:
+    yield CPU_IN_USE, (), event.cpu
+    yield LOOP_LAG, (), event.lag_seconds
+    for what, share in event.shares.items():
+        yield GOVERNOR_SHARE, (what,), share
+
+
 ALERTS_FIRING = _gauge("alerts_firing", "Business alerts that fire now.", "rule", across="livemostrecent")
 
 
@@ -181,6 +302,13 @@ TABLE: Final[dict[type[Any], Reading]] = {
     Retried: Reading(_retried),
     Happened: Reading(_happened),
     LaneUsed: Reading(_lane),
+    HotspotsUsed: Reading(_hotspots, (HOT_RATE,)),
+    GrayRouted: Reading(_gray_routed),
+    GrayRules: Reading(_gray_rules),
+    Compared: Reading(_compared),
+    Triggered: Reading(_triggered),
+    Recalculated: Reading(_recalculated),
+    Governed: Reading(_governed),
     Alerting: Reading(_alerting),
 }
 """Every event that has a series."""

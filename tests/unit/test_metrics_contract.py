@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from inventory_sdk import Inventory, Line
 from inventory_sdk.metrics import Alerting, Applied, BatchSent, Behind, Event, Fanout, Happened, LaneUsed, Published, Retried
+from inventory_sdk.metrics.events import Compared, Governed, GrayRouted, GrayRules, HotspotsUsed, Recalculated, Triggered
 from inventory_sdk.metrics.opentelemetry import OpenTelemetryMetrics
 from inventory_sdk.metrics.prometheus import PrometheusMetrics
 from inventory_sdk.metrics.series import TABLE, Reading, Series, all_series
@@ -34,6 +35,13 @@ EXAMPLES: list[Event] = [
     Retried("ledger", "deadlock"),
     Happened("frozen", {"partition": "0", "why": "meta_missing"}),
     LaneUsed("core", 3, 2, 1, 40, 1, (0.002, 0.03), {"queue_full": 5}),
+    HotspotsUsed(2, 1, 0, 9, (0.01,), {"waited": 2}, {"granted": 3}, (("m1", "sku-1", 120.0),)),
+    GrayRouted("checkout", "candidate", 5, 1, 0.25),
+    GrayRules("checkout", 7, 12.5, True, False),
+    Compared("everything", 1000, 5, {"went_back": 2}, 1.5),
+    Triggered("recount", {"shop_saved": 3}),
+    Recalculated("recount", "done", 0.5, 0.2, 3, 0.1),
+    Governed(0.7, 0.01, {"redistribution": 0.5}),
     Alerting({"drift": 2}),
 ]
 

@@ -148,8 +148,11 @@ MUTATIONS: Final[dict[str, Mutation]] = {
         "XADD is the first write",
         _lua(
             "batch",
-            ("  body = entry(journal)\n  call('XADD', KEYS[10], position, 'b', body)\n", "  body = entry(journal)\n"),
-            ("  bulk('HSET', KEYS[4], set)\n", "  bulk('HSET', KEYS[4], set)\n  call('XADD', KEYS[10], position, 'b', body)\n"),
+            ("  body = entry(journal)\n  call('XADD', KEYS[10], position, 'b', body, unpack(ARGV, 8))\n", "  body = entry(journal)\n"),
+            (
+                "  bulk('HSET', KEYS[4], set)\n",
+                "  bulk('HSET', KEYS[4], set)\n  call('XADD', KEYS[10], position, 'b', body, unpack(ARGV, 8))\n",
+            ),
         ),
     ),
     "cover": Mutation(
