@@ -168,10 +168,8 @@ class Register:
         if after is not None:
             query = query.where(table.c.number < after)
         async with self._engines.read() as connection:
-            return [
-                AuditRow(number, shop, sku, kind, actor, operation_id, _parsed(details), created_ms)
-                for number, shop, sku, kind, actor, operation_id, details, created_ms in await connection.execute(query)
-            ]
+            found = (await connection.execute(query)).mappings()
+            return [AuditRow(**{**row, "details": _parsed(row["details"])}) for row in found]
 
     async def spent(self, merchant: str, since_ms: int) -> int:
         """Units that corrections of a merchant have moved since then."""

@@ -31,6 +31,9 @@ class Mutation:
     begin: Callable[[ExitStack], None]
 
 
+XADD = "  call('XADD', KEYS[10], position, 'b', body, unpack(ARGV, 8))\n"
+
+
 def _lua(name: str, *changes: tuple[str, str]) -> Callable[[ExitStack], None]:
     """A script with some of its text replaced; every piece must be there, so that a mutation can't rot unseen."""
 
