@@ -9,7 +9,8 @@
 | LaneNotServed | 421 |
 | HotspotLimited | 429 |
 | Overloaded and all below it, OutcomeUnknown, NotStarted | 503 |
-| DeadlineExceeded, DurabilityNotReached | 504 |
+| DeadlineExceeded, DurabilityNotReached, RecalculationCutOff | 504 |
+| RecalculationFailed | 500 |
 
 What a client can mend (4xx) is told in the error's own words; what is ours (5xx) in fixed ones, since those errors name servers.
 """
@@ -41,6 +42,8 @@ STATUSES: Final[Mapping[type[InventoryError], tuple[int, str]]] = {
     errors.OutcomeUnknown: (503, "Whether it was done is not known. Repeating it with the same operation id is safe."),
     errors.NotStarted: (503, "Not ready yet; nothing was changed."),
     errors.DeadlineExceeded: (504, "It took longer than it may. Repeating it with the same operation id is safe."),
+    errors.RecalculationFailed: (500, "A calculation that this waited for failed."),
+    errors.RecalculationCutOff: (504, "A calculation that this waited for took longer than it may."),
     errors.DurabilityNotReached: (504, "It was done, but not stored as safely as asked. Repeating it with the same operation id is safe."),
 }
 """Status, and the words instead of the error's own."""

@@ -168,6 +168,8 @@ STATUSES = {
     "DeadlineExceeded": 504,
     "DurabilityNotReached": 504,
     "NotStarted": 503,
+    "RecalculationFailed": 500,
+    "RecalculationCutOff": 504,
 }
 
 

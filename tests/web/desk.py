@@ -81,6 +81,9 @@ class GrayLinks:
     def known(self, link: str) -> Rules:
         return self.rules
 
+    def route(self, merchant: str) -> str:
+        return ""
+
     async def show(self, link: str) -> Rules:
         return self.rules
 

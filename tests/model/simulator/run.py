@@ -235,6 +235,7 @@ class Run:
                 results_window=self.plan.window,
                 lanes={},
             )
+        made._beside.clear()  # hotspots, links, comparison, …: they live beside the stock and are not played
         for name in ("lost", "rejected", "duplicate", "frozen", "recovered", "fork", "late_entry", "unreadable"):
             made._hooks.handlers.setdefault(name, []).append(lambda facts, name=name: self.world.auditor.told(name, facts))
         return made
