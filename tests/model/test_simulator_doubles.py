@@ -38,7 +38,7 @@ def played() -> list[Run]:
 def _steady(text: bytes) -> bytes:
     """The script with the simulation's clock and server, which come as its last argument."""
     steady = re.sub(rb"(redis\.)?call\('TIME'\)", rb"cjson.decode(ARGV[#ARGV])", text)
-    steady = steady.replace(b"redis.pcall('INFO', 'memory')", b"''")
+    steady = steady.replace(b"redis.pcall('INFO', 'memory')", b"''").replace(b"unpack(ARGV, 8)", b"unpack(ARGV, 8, #ARGV - 1)")
     return steady.replace(b"redis.pcall('INFO', 'server')", b"('run_id:' .. cjson.decode(ARGV[#ARGV])[3])")
 
 
