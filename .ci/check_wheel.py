@@ -49,6 +49,21 @@ asyncio.run(main())"""
 COMMAND = "import sys\nfrom inventory_sdk.cli import main\nsys.argv[1:] = ['{}']\nmain()"
 WATCH = "from inventory_sdk import *\nfrom sqlalchemy import *\nWatchedTables(Table('t', MetaData(), Column('sku', String)), 'sku')"
 
+TRANSPORT = """import asyncio
+from inventory_sdk.gray.links import GrayLinks
+from inventory_sdk.metrics import NoMetrics
+
+links = GrayLinks(lambda: 'm1', None, NoMetrics(), None)
+asyncio.run(links.transport('checkout', stable='http://127.0.0.1:1', candidate='http://127.0.0.1:2').aclose())"""
+SINK = "from inventory_sdk.reconcile.sinks.elasticsearch import ElasticsearchSink\nElasticsearchSink('http://127.0.0.1:1')"
+PAGES = """from inventory_sdk.web import admin_app
+from inventory_sdk.errors import InvalidOperation
+
+try:
+    admin_app(None, auth=None)
+except InvalidOperation:
+    pass  # the pages are there, and closed to nobody in particular"""
+
 WORKS: dict[str, tuple[str, ...]] = {
     "": ("from inventory_sdk import *", COMMAND.format("--version")),
     "sqlalchemy": (WATCH, "import inventory_sdk.ledger.sql"),
@@ -57,9 +72,13 @@ WORKS: dict[str, tuple[str, ...]] = {
     "sqlite": (OPEN.format("sqlite+aiosqlite:///stock.db"),),
     "embedded": (SELL,),
     "cli": (COMMAND.format("--help"),),
-    "otel": ("import opentelemetry.trace, opentelemetry.metrics",),
-    "elasticsearch": ("from elasticsearch import AsyncElasticsearch",),
-    "admin": ("import starlette.applications, jinja2, uvicorn, python_multipart",),
+    "otel": (
+        "from inventory_sdk.metrics.opentelemetry import OpenTelemetryMetrics\nOpenTelemetryMetrics()",
+        "from inventory_sdk import tracing\ntracing.enable()",
+    ),
+    "httpx": (TRANSPORT,),
+    "elasticsearch": (SINK,),
+    "admin": (PAGES,),
 }
 """What must work with this extra alone."""
 
@@ -71,6 +90,10 @@ NAMED: tuple[tuple[str, str, str], ...] = (
     ("sqlalchemy", OPEN.format("postgresql+asyncpg://127.0.0.1/shop"), "postgresql"),
     ("sqlalchemy", OPEN.format("mysql+asyncmy://127.0.0.1/shop"), "mysql"),
     ("sqlalchemy", OPEN.format("sqlite+aiosqlite:///stock.db"), "sqlite"),
+    ("", "from inventory_sdk import tracing\ntracing.enable()", "otel"),
+    ("", TRANSPORT, "httpx"),
+    ("", SINK, "elasticsearch"),
+    ("", PAGES, "admin"),
 )
 
 
