@@ -68,7 +68,7 @@ def unquiet(world: World, partitions: int) -> str:
         if due := redis_command(world, "ZRANGEBYSCORE", f"{{sim:{partition}}}:expiry", "1", now):
             return f"partition {partition}: {due} are due"
         for key, text in redis_hash(world, partition, "reservations").items():
-            if why := _unfollowed(world, partitions, key, text):
+            if why := _unfollowed(world, partitions, partition, key, text):
                 return why
         if world.broker.line(partition).waiting:
             return f"partition {partition}: {len(world.broker.line(partition).waiting)} messages wait"
@@ -88,8 +88,8 @@ def _open(text: str) -> dict[str, int]:
     return lines
 
 
-def _unfollowed(world: World, partitions: int, key: str, text: str) -> str:
-    """Whether this is a part that its call does not hold (any more): somebody has to bring it in line."""
+def _unfollowed(world: World, partitions: int, partition: int, key: str, text: str) -> str:
+    """Whether this is a part that its call does not hold (any more), or not this preparation of it: somebody has to bring it in line."""
     call, found, _ = key.rpartition(PART)
     if not found:
         return f"hold {key!r} is pinned" if text.startswith("p") else ""
@@ -97,8 +97,18 @@ def _unfollowed(world: World, partitions: int, key: str, text: str) -> str:
     decided = redis_hash(world, home, "reservations").get(call)
     if decided is None:
         return f"part {key!r} is open, its call is not"
+    mark = text.split("\x1e")[1]
+    if not world.forgets and (partition, mark) not in _named(world, call):
+        return f"part {key!r} was prepared at {mark}, its call decided on {sorted(_named(world, call))}"
     wanted, there = _open(decided), _open(text)
     return "" if all(wanted.get(field) == units for field, units in there.items()) else f"part {key!r} has {there}, its call {wanted}"
+
+
+def _named(world: World, call: str) -> set[tuple[int, str]]:
+    """The preparations that a call was decided on, by partition and position, as far as the ledger has it."""
+    row = world.database.tables.claims.get(call)
+    _, _, *parts = json.loads(row[_AT["receipt"]]) if row is not None else (None, None)
+    return {(number, mark) for number, mark, _, _ in parts[0]} if parts else set()
 
 
 def audit(world: World, partitions: int) -> None:
