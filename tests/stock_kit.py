@@ -330,6 +330,7 @@ class Shop:
     async def run(self, *operations: list[Any], lane: str = "raw") -> list[list[Any]]:
         """The script's answers to these operations, sent as one batch in this order."""
         batcher = self.engine.batcher(self.engine.partitions[0], lane)
+        batcher.alone = False
         answers = await asyncio.gather(*(batcher.submit(operation) for operation in operations))
         assert len({answered.position for _, answered in answers}) == 1, "they did not go as one batch"
         return [answer for answer, _ in answers]

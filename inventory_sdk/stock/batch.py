@@ -12,9 +12,8 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydantic_core import from_json, to_json
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
@@ -138,8 +137,7 @@ class _Waiting:
         self.span = None if tracing.active is None else tracing.active.asking(operation)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
+class _Sent(NamedTuple):
     """One try: what to look for in the journal if its reply is lost. ``after``: the last sequence known then; ``at``: monotonic."""
 
     nonce: str
@@ -147,6 +145,13 @@ class _Sent:
     after: int
     not_after: str
     at: float
+
+
+class Begun(NamedTuple):
+    """A batch of one, sent by its caller; ``reply`` is to be awaited."""
+
+    sent: _Sent
+    reply: Awaitable[Any]
 
 
 class Batcher:
@@ -173,6 +178,9 @@ class Batcher:
         self._on_refused = on_refused
         self._waiting: deque[_Waiting] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._name = f"inventory batch {partition.number}/{lane}"
+        self.alone = False
+        """The last batch had one operation. Whoever comes now is most likely alone too, and is sent in the turn in which it comes."""
         self._unrecorded: list[BatchSent] = []
         self.answered: Callable[[str, bool], None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -183,9 +191,14 @@ class Batcher:
         Cancelled before the batch was cut: the operation leaves it. Cancelled afterwards: it runs, and ``orphaned`` gets its answer.
         """
         future: asyncio.Future[Answer] = self._loop.create_future()
-        self._waiting.append(_Waiting(operation, future, orphaned))
-        if self._task is None:
-            self._task = self._loop.create_task(self._run(), name=f"inventory batch {self.partition.number}/{self.lane}")
+        waiting = _Waiting(operation, future, orphaned)
+        if self._task is not None:
+            self._waiting.append(waiting)
+        else:
+            begun = self._begin(waiting) if self.alone else None
+            self._waiting.append(waiting)
+            self._task = self._loop.create_task(self._run(begun), name=self._name)
+            self._task.add_done_callback(self._over)
         return future
 
     async def ask(self, operation: list[Any], orphaned: Callable[[Answer], None]) -> Answer:
@@ -205,13 +218,25 @@ class Batcher:
             await asyncio.wait([self._task])
         self._record()
 
-    async def _run(self) -> None:
+    def _begin(self, item: _Waiting) -> Begun | None:
+        """Send it now, in its caller's turn of the event loop: nobody else waits. None: that is left to the task."""
+        partition = self.partition
+        if tracing.active is not None or self._waits.used or not partition.epoch or partition.checked != partition.wire.made:
+            return None
+        sent = self._try()
+        return Begun(sent, partition.wire.run("batch", partition.keys, self._arguments([item], sent)))
+
+    async def _run(self, begun: Begun | None = None) -> None:
         batch: list[_Waiting] = []
         try:
+            if begun is not None:
+                batch = [self._waiting.popleft()]
+                await self._send(batch, begun)
             while self._waiting:
                 batch = self._cut()
                 if not batch:
                     continue
+                self.alone = len(batch) == 1
                 if tracing.active is None:
                     await self._send(batch)
                     continue
@@ -221,12 +246,7 @@ class Batcher:
             # Whatever stops this task must reach every caller: nobody waits for ever.
             left = [*batch, *self._waiting]
             self._waiting.clear()
-            cause = error if isinstance(error, Exception) else None
-            for item in left:
-                if not item.future.done():
-                    unknown = OutcomeUnknown(_name(item.operation), f"its batch was stopped: {error!r}")
-                    unknown.__cause__ = cause
-                    item.future.set_exception(unknown)
+            _stopped(left, error)
             if not isinstance(error, Exception):
                 raise
             log.exception("batch %s/%s stopped", self.partition.number, self.lane)
@@ -234,6 +254,15 @@ class Batcher:
             self._task = None
             if self._unrecorded:
                 self._loop.call_soon(self._record_if_idle)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        """The task has ended; where it was cancelled before its first step, its callers still wait."""
+        if self._task is not task:
+            return
+        self._task = None
+        left = list(self._waiting)
+        self._waiting.clear()
+        _stopped(left, asyncio.CancelledError())
 
     def _cut(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -252,21 +281,25 @@ class Batcher:
             batch.append(item)
         return batch
 
-    async def _send(self, batch: list[_Waiting]) -> None:
-        """Until every caller of the batch has an answer or an error."""
+    async def _send(self, batch: list[_Waiting], begun: Begun | None = None) -> None:
+        """Until every caller of the batch has an answer or an error. ``begun``: the first try was sent already."""
         partition = self.partition
         give_up = time.monotonic() + GIVE_UP
         started = time.perf_counter()
         pause = 0.01
         while True:
             try:
-                await partition.known()
-                if partition.checked != partition.wire.made:
-                    await self._check_own()
-                not_after = str(partition.not_after())
-                sent = _Sent(new_nonce(), partition.epoch, partition.sequence, not_after, time.monotonic())
+                if begun is None:
+                    await partition.known()
+                    if partition.checked != partition.wire.made:
+                        await self._check_own()
+                    sent = self._try()
+                    arriving = None
+                else:
+                    sent, arriving = begun
+                    begun = None
                 try:
-                    status = await self._call(batch, sent, started)
+                    status = await self._call(batch, sent, started, arriving)
                 except ReplyLost as lost:
                     self._metrics.record(Retried("redis", "reply_lost"))
                     batch = await self._recover(batch, sent, lost, give_up, started)
@@ -310,18 +343,29 @@ class Batcher:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.25)
 
-    async def _call(self, batch: list[_Waiting], sent: _Sent, started: float) -> bytes:
-        """One script call; its status. ``ok``: the callers have their answers; anything else: nothing was executed."""
+    def _try(self) -> _Sent:
         partition = self.partition
+        return _Sent(new_nonce(), partition.epoch, partition.sequence, str(partition.not_after()), time.monotonic())
+
+    def _arguments(self, batch: list[_Waiting], sent: _Sent) -> list[str | bytes]:
         operations = to_json([item.operation for item in batch])
         want_body = "1" if self._publish is not None else "0"
+        return [sent.epoch, self.partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations]
+
+    async def _call(self, batch: list[_Waiting], sent: _Sent, started: float, arriving: Awaitable[Any] | None = None) -> bytes:
+        """One script call; its status. ``ok``: the callers have their answers; anything else: nothing was executed.
+        ``arriving``: its reply, where it was sent already."""
+        partition = self.partition
+        behind = None
         if self._unrecorded:
             self._loop.call_soon(self._record)  # runs while Redis works on this one
-        arguments: list[Any] = [sent.epoch, partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations]
-        if tracing.active is not None and (carried := tracing.active.carried()):
-            arguments += ["t", carried[tracing.PARENT]]
-        behind = self._waits.behind({*"".join([item.operation[9] for item in batch])}) if self._waits.used else None
-        reply = await partition.wire.run("batch", partition.keys, arguments, behind)
+        if arriving is None:
+            arguments = self._arguments(batch, sent)
+            if tracing.active is not None and (carried := tracing.active.carried()):
+                arguments += ["t", carried[tracing.PARENT]]
+            behind = self._waits.behind({*"".join([item.operation[9] for item in batch])}) if self._waits.used else None
+            arriving = partition.wire.run("batch", partition.keys, arguments, behind)
+        reply = await arriving
         waited = self._waits.follow(behind) if behind is not None else None
         status: bytes
         status, now, in_epoch, last, answers, body, *givers = reply.split(b"\n", 6)
@@ -507,6 +551,14 @@ def _given_back(batch: list[_Waiting], answers: list[list[Any]]) -> set[str]:
         else:
             fields.update(((answer[2] or ()) if answer[0] == DONE_LINES else item.operation[3])[::2])  # Lua's empty list is {}
     return fields
+
+
+def _stopped(batch: Sequence[_Waiting], error: BaseException) -> None:
+    for item in batch:
+        if not item.future.done():
+            unknown = OutcomeUnknown(_name(item.operation), f"its batch was stopped: {error!r}")
+            unknown.__cause__ = error if isinstance(error, Exception) else None
+            item.future.set_exception(unknown)
 
 
 def _name(operation: list[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from inventory_sdk.stock.batch import Batcher
+from inventory_sdk.stock.batch import Batcher, Begun
 
 
 class SharingBatcher(Batcher):
@@ -15,7 +15,10 @@ class SharingBatcher(Batcher):
         super().__init__(*settings)
         self._share = share
 
-    async def _send(self, batch: list[Any]) -> None:
+    def _begin(self, item: Any) -> Begun | None:
+        return None  # there may be no connection to spare
+
+    async def _send(self, batch: list[Any], begun: Begun | None = None) -> None:
         async with self._share:
             left = [item for item in batch if not item.future.done()]  # who went away meanwhile was not sent
             if left:

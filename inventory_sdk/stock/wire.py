@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import resources
-from typing import Any, Final, Protocol
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
 
 from redis.asyncio import Redis
 from redis.exceptions import (
@@ -34,6 +36,8 @@ NO_REPLICAS: Final = "NOREPLICAS"
 """Said at the first write where ``min-replicas-to-write`` is not met: all of our scripts check first, so nothing was written."""
 IDLE_BEFORE_PROBE: Final = 1.0
 """Seconds after which a kept connection is looked at before it is used: the server may have closed it."""
+SENT_AT_ONCE: Final = 16_384
+"""Bytes of a command that go out in the caller's own turn of the event loop: an idle connection's socket takes so many at once."""
 
 
 class NotExecuted(Overloaded):
@@ -104,12 +108,96 @@ class Scripts(Protocol):
         """Connections that were made so far: each may have met another server than the last."""
         ...
 
-    async def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], behind: Behind | None = None) -> Any:
+    def run(self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], behind: Behind | None = None) -> Awaitable[Any]:
         """The script's reply. ``NotExecuted`` and ``ReplyLost`` say what is known otherwise; a script error is a ``ResponseError``.
-        ``behind`` is sent along, and keeps the connection if there is a reply."""
+        ``behind`` is sent along, and keeps the connection if there is a reply. To be awaited once: the script may have been sent
+        already, and its connection is busy until then."""
         ...
 
     async def close(self) -> None: ...
+
+
+class Limits:
+    """``with limits.limit():`` as ``asyncio.timeout``, where all are equally long: they share one timer. One event loop."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.waiting: deque[Limit] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def limit(self) -> Limit:
+        """For what begins now."""
+        return Limit(self)
+
+    def begun(self, limit: Limit) -> None:
+        """It waits from now on."""
+        self.waiting.append(limit)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._due)
+
+    def ended(self) -> None:
+        """One has ended: those before it have too, mostly."""
+        while self.waiting and self.waiting[0].task is None:
+            self.waiting.popleft()
+
+    def close(self) -> None:
+        """No timer is left behind; what is still under way has no limit any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _due(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        while self.waiting and (self.waiting[0].task is None or self.waiting[0].until <= now):
+            self.waiting.popleft().expire()
+        if self.waiting:
+            wait = self.waiting[0].until - now
+            self._timer = asyncio.get_running_loop().call_later(wait, self._due)
+
+
+class Limit:
+    """One wait; ``TimeoutError`` once its time is over. Entered at once."""
+
+    __slots__ = ("_cancelling", "_limits", "_over", "task", "until")
+
+    def __init__(self, limits: Limits) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._limits = limits
+        self._over = False
+        self._cancelling = task.cancelling()
+        self.task: asyncio.Task[Any] | None = task
+        self.until = time.monotonic() + limits.seconds
+        limits.begun(self)
+
+    def expire(self) -> None:
+        """Its time is over."""
+        if self.task is not None:
+            self._over = True
+            self.task.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        task, self.task = self.task, None
+        self._limits.ended()
+        # Cancelled by somebody else too: then it is a cancellation.
+        if self._over and task is not None and task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            raise TimeoutError from error
+
+
+class _Exchange:
+    """A coroutine that begins when it is awaited, and of which nothing is said when it never is: its process may end before."""
+
+    __slots__ = ("_function", "_given")
+
+    def __init__(self, function: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
+        self._function = function
+        self._given = given
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._function(*self._given).__await__()
 
 
 class Wire:
@@ -123,22 +211,55 @@ class Wire:
         self._idle: list[tuple[Any, float]] = []
         self._busy: set[Any] = set()
         self._heads: dict[tuple[str, str, int], bytes] = {}
+        self._limits = Limits(timeout)
 
-    async def run(
+    def run(
         self, name: str, keys: Sequence[str], arguments: Sequence[str | bytes], behind: Behind | None = None, *, asking: bool = False
-    ) -> Any:
+    ) -> Awaitable[Any]:
         """As ``Scripts.run``. ``asking``: the server doesn't own the slot yet, and serves one command behind an ``ASKING``."""
         text = script(name)
         command = self._packed(name, text.digest, keys, arguments)
-        connection = await self._connection()
-        self._busy.add(connection)
+        if behind is not None:
+            command += behind.command
+        connection = None if asking or len(command) > SENT_AT_ONCE else self._warm()
+        failed = None
+        if connection is not None:
+            self._busy.add(connection)
+            failed = _send(connection, command)
+        return _Exchange(self._exchange, connection, failed, text, command, keys, arguments, behind, asking)
+
+    def _warm(self) -> Any:
+        """An idle connection that was used a moment ago."""
+        if self._idle and time.monotonic() - self._idle[-1][1] < IDLE_BEFORE_PROBE and self._idle[-1][0].is_connected:
+            return self._idle.pop()[0]
+        return None
+
+    async def _exchange(
+        self,
+        connection: Any,
+        failed: Exception | None,
+        text: Script,
+        command: bytes,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes],
+        behind: Behind | None,
+        asking: bool,
+    ) -> Any:
+        """The reply. ``connection``: on which the command was sent already, if there is one; ``failed``: how that went wrong."""
+        name, sent = text.name, connection is not None
+        if not sent:
+            connection = await self._connection()
+            self._busy.add(connection)
         done = lent = False
         try:
-            async with asyncio.timeout(self.timeout):
+            with self._limits.limit():
                 try:
                     if asking:
                         await _ask(connection)
-                    await connection.send_packed_command(command if behind is None else command + behind.command, False)
+                    if failed is not None:
+                        raise failed
+                    if not sent:
+                        await connection.send_packed_command(command, False)
                     reply = await connection.read_response()
                 except NoScriptError:
                     if behind is not None:
@@ -219,6 +340,7 @@ class Wire:
 
     async def close(self) -> None:
         """Closes the connections; calls under way lose their answers."""
+        self._limits.close()
         connections = [connection for connection, _ in self._idle] + list(self._busy)
         self._idle.clear()
         for connection in connections:
@@ -228,3 +350,17 @@ class Wire:
 async def _ask(connection: Any) -> None:
     await connection.send_command("ASKING")
     await connection.read_response()
+
+
+def _send(connection: Any, command: bytes) -> Exception | None:
+    """Hand the command to a connection on which nothing is outstanding, without waiting; what went wrong, if something did."""
+    sending = connection.send_packed_command(command, False)
+    try:
+        sending.send(None)
+    except StopIteration:
+        return None
+    except Exception as error:  # noqa: BLE001  # raised where the answer is waited for
+        return error
+    # It is with the transport, and only the wait until the socket has taken it is left out: the answer comes after that anyway.
+    sending.close()
+    return None

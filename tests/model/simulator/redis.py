@@ -252,6 +252,8 @@ class SimConnection:
         self.world = process.world
         self.server: Server | None = None
         self.broken = False
+        self.is_connected = True
+        """What breaks is seen at the next use."""
         self.socket_timeout: float | None = None
         self._replies: deque[Any] = deque()
         self._last_arrival = 0.0
