@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -25,6 +25,8 @@ MOST: Final = 256
 """Keys in one script call."""
 FIRST_RETRY: Final = 0.02
 LAST_RETRY: Final = 1.0
+TRIGGER_PATIENCE: Final = 1.0
+"""Seconds that a trigger's function, which has done its work, waits for that."""
 FLUSH: Final = 5.0
 """Seconds that ``close`` tries to write down what was asked for."""
 FAULTS: Final = (RedisError, OSError, TimeoutError)
@@ -38,6 +40,7 @@ class _Pending:
     wanted: bool = False
     calls: Counter[str] = field(default_factory=Counter)
     asked: list[asyncio.Future[int]] = field(default_factory=list)
+    callers: list[asyncio.Future[None]] = field(default_factory=list)
 
 
 class Requests:
@@ -59,20 +62,46 @@ class Requests:
         self._pending: dict[str, _Pending] = {}
         self._sender: asyncio.Task[None] | None = None
         self._sent = 0.0
+        self._patient: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, key: str, arguments: str, trigger: str, wanted: bool) -> asyncio.Future[int]:
         """A request; done, with its version, once it is written down. Whoever waits for it shields it: it is others' too."""
+        pending = self._note(key, arguments, trigger)
+        pending.wanted |= wanted
+        if not pending.asked:
+            pending.asked.append(asyncio.get_running_loop().create_future())
+        return pending.asked[0]
+
+    def fire(self, key: str, arguments: str, trigger: str) -> asyncio.Future[None]:
+        """A request that nobody waits for; done once it is written down, or after ``TRIGGER_PATIENCE``: while Redis is away it is
+        kept in this process and tried again."""
+        loop = asyncio.get_running_loop()
+        caller: asyncio.Future[None] = loop.create_future()
+        self._note(key, arguments, trigger).callers.append(caller)
+        self._patient.append((loop.time() + TRIGGER_PATIENCE, caller))
+        if self._timer is None:
+            self._timer = loop.call_later(TRIGGER_PATIENCE, self._out_of_patience)
+        return caller
+
+    def _note(self, key: str, arguments: str, trigger: str) -> _Pending:
         pending = self._pending.get(key)
         if pending is None:
             pending = self._pending[key] = _Pending(arguments, trigger)
         pending.arguments = arguments
-        pending.wanted |= wanted
         pending.calls[trigger] += 1
-        if not pending.asked:
-            pending.asked.append(asyncio.get_running_loop().create_future())
         if self._sender is None:
             self._begin()
-        return pending.asked[0]
+        return pending
+
+    def _out_of_patience(self) -> None:
+        """One timer for all callers: they wait equally long, so the first that came is the first that goes."""
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        while self._patient and (self._patient[0][1].done() or self._patient[0][0] <= loop.time()):
+            _let_go(self._patient.popleft()[1])
+        if self._patient:
+            self._timer = loop.call_at(self._patient[0][0], self._out_of_patience)
 
     async def close(self) -> None:
         """Write down what is left; ``InventoryError`` names the keys for which that was not possible."""
@@ -80,7 +109,12 @@ class Requests:
         if sender is not None:
             await asyncio.wait({sender}, timeout=FLUSH)
             await end([sender])
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         left, self._pending = self._pending, {}
+        while self._patient:
+            _let_go(self._patient.popleft()[1])
         for pending in left.values():
             for asked in pending.asked:
                 if not asked.done():
@@ -133,8 +167,12 @@ class Requests:
             for asked in pending.asked:
                 if not asked.done():
                     asked.set_result(version)
+            for caller in pending.callers:
+                _let_go(caller)
             if due is not None:
                 self._due(due)
+        while self._patient and self._patient[0][1].done():
+            self._patient.popleft()
         self._metrics.record(Triggered(self._function.name, calls))
 
     def _put_back(self, batch: dict[str, _Pending]) -> None:
@@ -145,7 +183,13 @@ class Requests:
                 older.wanted |= newer.wanted
                 older.calls.update(newer.calls)
                 older.asked += newer.asked
+                older.callers += newer.callers
             self._pending[key] = older
+
+
+def _let_go(caller: asyncio.Future[None]) -> None:
+    if not caller.done():
+        caller.set_result(None)
 
 
 class Waiting:

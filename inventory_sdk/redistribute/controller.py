@@ -23,8 +23,6 @@ from inventory_sdk.redistribute.triggers import TriggerCount
 
 PATIENCE: Final = 5.0
 """Seconds that a caller waits for Redis to write down its request; the request itself is tried for longer."""
-TRIGGER_PATIENCE: Final = 1.0
-"""Seconds that a trigger's function, which has done its work, waits for the same."""
 FIRST_LOOK: Final = 0.03
 LAST_LOOK: Final = 0.5
 """Seconds between looks for outcomes of other processes: the first, and the longest."""
@@ -86,13 +84,9 @@ class Redistribution:
         """``NotStarted`` where nothing could be asked for."""
         self._now()
 
-    def fire(self, function: Coalesced, key: str, arguments: str, trigger: str) -> asyncio.Future[int]:
-        """Ask for a run; done once it is written down."""
-        return self._now().desk(function).requests.add(key, arguments, trigger, wanted=False)
-
-    async def written(self, asked: asyncio.Future[int]) -> None:
-        """Wait for that, but not for ever: while Redis is away the request is kept in this process and tried again."""
-        await asyncio.wait({asked}, timeout=TRIGGER_PATIENCE)
+    def fire(self, function: Coalesced, key: str, arguments: str, trigger: str) -> asyncio.Future[None]:
+        """Ask for a run; done once it is written down, or has been tried for a while."""
+        return self._now().desk(function).requests.fire(key, arguments, trigger)
 
     async def call(self, function: Coalesced, key: str, arguments: str) -> Any:
         """The result of a run that started after this call. ``RecalculationFailed`` is what it failed of, also where Redis did not

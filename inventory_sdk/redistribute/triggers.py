@@ -37,12 +37,8 @@ class Firing(Protocol):
         """``NotStarted`` where nothing could be asked for."""
         ...
 
-    def fire(self, function: Coalesced, key: str, arguments: str, trigger: str) -> asyncio.Future[int]:
-        """Ask for a run; done once it is written down."""
-        ...
-
-    async def written(self, asked: asyncio.Future[int]) -> None:
-        """Wait for that, but not for ever."""
+    def fire(self, function: Coalesced, key: str, arguments: str, trigger: str) -> asyncio.Future[None]:
+        """Ask for a run; done once it is written down, or has been tried for a while. The caller's own."""
         ...
 
 
@@ -76,7 +72,7 @@ class TriggerAspect:
             except asyncio.CancelledError:
                 room.fire(runs, key, text, name)
                 raise
-            await room.written(room.fire(runs, key, text, name))
+            await room.fire(runs, key, text, name)
             return result
 
         return run

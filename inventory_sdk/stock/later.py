@@ -53,7 +53,7 @@ class Codec:
 
     def __init__(self, site: Site) -> None:
         self._label = site.label
-        self._fields: list[tuple[int, str, TypeAdapter[Any]]] = []
+        self._fields: list[tuple[int, str, TypeAdapter[Any], Any]] = []
         self._required: set[str] = set()
         self._injected = [(site.names.index(name), name) for name in site.injected]
         for index, (name, parameter) in enumerate(site.signature.parameters.items()):
@@ -61,7 +61,7 @@ class Codec:
                 continue
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise TypeError(f"{site.label}: {parameter} can't be kept for later; name each parameter")
-            self._fields.append((index, name, _adapter(site, name)))
+            self._fields.append((index, name, _adapter(site, name), site.annotation(name)))
             if parameter.default is parameter.empty:
                 self._required.add(name)
 
@@ -72,8 +72,11 @@ class Codec:
             if values[index] is not INJECTED:
                 raise TypeError(f"{self._label}: {name!r} is given by the worker and can't be passed")
         encoded: Arguments = {}
-        for index, name, adapter in self._fields:
+        for index, name, adapter, annotation in self._fields:
             value = values[index]
+            if annotation is str and type(value) is str and value.isascii():
+                encoded[name] = value  # as it would come back
+                continue
             try:
                 # Read back here what the worker will read: a value that can't be is the caller's error, not a dead letter.
                 text = adapter.dump_json(adapter.validate_python(value))
@@ -85,14 +88,14 @@ class Codec:
 
     def decode(self, arguments: Mapping[str, Any]) -> Arguments:
         """The arguments as the function takes them; ``TaskUnreadable`` says which don't fit."""
-        known = {name for _, name, _ in self._fields}
+        known = {name for _, name, *_ in self._fields}
         unknown = sorted(set(arguments) - known)
         missing = sorted(self._required - set(arguments))
         if unknown or missing:
             said = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
             raise TaskUnreadable(f"{self._label}: stored arguments don't fit ({said}); give a new version= with upgrade=")
         decoded: Arguments = {}
-        for _, name, adapter in self._fields:
+        for _, name, adapter, _ in self._fields:
             if name in arguments:
                 try:
                     decoded[name] = adapter.validate_json(json.dumps(arguments[name]))

@@ -10,7 +10,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from inventory_sdk import InsufficientStock, InvalidOperation, Line, NotStarted
 from inventory_sdk.metrics import Triggered
-from inventory_sdk.redistribute import controller
+from inventory_sdk.redistribute import asking
 from inventory_sdk.redistribute.runs import shared_out
 from tests.redistribution_kit import Runs, inventory_of
 from tests.stock_kit import Recorded, until
@@ -131,7 +131,7 @@ def test_cpu_time_is_shared_out_to_the_last_microsecond() -> None:
 
 
 async def test_while_redis_is_away_the_function_returns_and_the_trigger_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "TRIGGER_PATIENCE", 0.01)
+    monkeypatch.setattr(asking, "TRIGGER_PATIENCE", 0.01)
     inventory, runs = inventory_of(), Runs()
     runs.end.set()
 
