@@ -130,7 +130,7 @@ class Inventory(StockDecorators):
             self.lanes.declared(name)
         self.redistribution = Redistribution(redistribution, self.lanes)
         self._beside: list[Beside] = [self.alerts, self.hotspots, self.redistribution]
-        self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, Running] = WeakKeyDictionary()
+        self._here: dict[asyncio.AbstractEventLoop, Running] = {}  # asked at every call: a weak one costs ten times as much
         self._uses: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
         self._changing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
         settings = reconcile if reconcile is not None else Reconcile()
@@ -176,6 +176,8 @@ class Inventory(StockDecorators):
         loop = asyncio.get_running_loop()
         async with self._changing.setdefault(loop, asyncio.Lock()):
             if loop not in self._here:
+                for other in [other for other in self._here if other.is_closed()]:
+                    del self._here[other]  # it was not left in an orderly way
                 running = Running(
                     self._servers, self._ledger_part, self._settings, self._metrics, self._hooks, self._registry, self._beside
                 )
@@ -266,7 +268,7 @@ class Inventory(StockDecorators):
         kept = self._servers, self._ledger_part, self._here, self._uses
         self._servers = servers
         self._ledger_part = servers.make_ledger(self._prefix, self._new_stock())
-        self._here, self._uses = WeakKeyDictionary(), WeakKeyDictionary()
+        self._here, self._uses = {}, WeakKeyDictionary()
         try:
             async with self:
                 for merchant, units in (stock or {}).items():
