@@ -2,7 +2,8 @@
 
 25 triggers fire ``--rate`` events a second on ``--shops`` shops, whose calculation takes about 10 ms of CPU; 8 buyers make core calls
 with pauses. Loads: buyers alone (quiet); with our coalescing; with a debounce by hand (a timer per shop and a process pool, as one
-writes it); with one calculation per trigger in the same pool; and ours once more beside a neighbour that never stops computing.
+writes it); with one calculation per trigger in the same pool; buyers beside a neighbour that never stops computing (what that costs
+them without any redistribution), and ours beside it.
 Staleness: from a trigger to the end of the first run that began after it.
 """
 
@@ -263,6 +264,7 @@ async def loads(bench: Bench, result: dict[str, Any], wrong: list[str]) -> None:
         await asyncio.to_thread(pool.shutdown, wait=True, cancel_futures=True)
     await asyncio.sleep(1.0)
     async with neighbour():
+        await put("neighbour_alone", None)
         await put("neighbour", ours)
     wrong += [
         f"{what}: {result[what]['not_followed']} triggers were not followed by a run"
@@ -303,9 +305,11 @@ async def main(redis: str, database: str, seconds: float, rate: int, shops: int)
         finally:
             await _remove(redis, database, name, shop.inventory)
     quiet = result["quiet"]["core_p99_ms"]
-    del result["neighbour"]["cpu_share"]
-    for what in ("by_hand", "each_trigger", "neighbour"):
+    del result["neighbour"]["cpu_share"], result["neighbour_alone"]["cpu_share"]
+    for what in ("by_hand", "each_trigger", "neighbour_alone", "neighbour"):
         result[what]["core_p99_ratio"] = round(result[what]["core_p99_ms"] / quiet, 2)
+    alone = result["neighbour_alone"]["core_p99_ms"]
+    result["neighbour"]["core_p99_ratio_to_neighbour_alone"] = round(result["neighbour"]["core_p99_ms"] / alone, 2)
     result |= {key: result["ours"][key] for key in ("triggers", "runs", "staleness_p99_s")}
     result["core_p99_ratio"] = round(result["ours"]["core_p99_ms"] / quiet, 2)
     finish(result, wrong)
