@@ -166,6 +166,13 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True)
+class DiscrepanciesOpen:
+    """From each worker, several times a minute: discrepancies that nobody has corrected or seen end, by cause; every cause is in it."""
+
+    open: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class ComparisonsOverdue:
     """From each worker, several times a minute: seconds since a scheduled comparison should have been made, 0 where it is not due.
     ``seconds``: by scope, ``everything`` and ``what`` (was touched); one that is not scheduled is not in it."""
@@ -260,6 +267,7 @@ Event = (
     | GrayRules
     | GrayRulesRead
     | Compared
+    | DiscrepanciesOpen
     | ComparisonsOverdue
     | PromotionsWaiting
     | HotspotsUsed

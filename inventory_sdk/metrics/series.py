@@ -17,6 +17,7 @@ from inventory_sdk.metrics.events import (
     Behind,
     Compared,
     ComparisonsOverdue,
+    DiscrepanciesOpen,
     Governed,
     GrayRouted,
     GrayRules,
@@ -270,9 +271,7 @@ def _gray_rules_read(event: GrayRulesRead) -> Iterator[Sample]:
 COMPARED_SKUS = _counter("compared_skus", "SKUs whose Redis counters were compared with the ledger.", "scope")
 COMPARED_HOLDS = _counter("compared_holds", "Reservations that were compared.", "scope")
 COMPARISON_SECONDS = _histogram("comparison_seconds", "Duration of a comparison.", "scope", buckets=LAG_SECONDS)
-DISCREPANCIES = _gauge(
-    "discrepancies_open", "Discrepancies at the end of the last comparison of everything.", "cause", across="livemostrecent"
-)
+DISCREPANCIES = _gauge("discrepancies_open", "Discrepancies that are open.", "cause", across="livemostrecent")
 
 
 def _compared(event: Compared) -> Iterator[Sample]:
@@ -287,6 +286,11 @@ def _compared(event: Compared) -> Iterator[Sample]:
 COMPARISON_OVERDUE = _gauge(
     "comparison_overdue_seconds", "Time since a scheduled comparison should have been made.", "scope", unit="s", across="livemin"
 )
+
+
+def _discrepancies(event: DiscrepanciesOpen) -> Iterator[Sample]:
+    for cause, count in event.open.items():
+        yield DISCREPANCIES, (cause,), count
 
 
 def _comparisons_overdue(event: ComparisonsOverdue) -> Iterator[Sample]:
@@ -361,6 +365,7 @@ TABLE: Final[dict[type[Any], Reading]] = {
     GrayRulesRead: Reading(_gray_rules_read),
     PromotionsWaiting: Reading(_promotions_waiting),
     Compared: Reading(_compared),
+    DiscrepanciesOpen: Reading(_discrepancies),
     ComparisonsOverdue: Reading(_comparisons_overdue),
     Triggered: Reading(_triggered),
     Recalculated: Reading(_recalculated),

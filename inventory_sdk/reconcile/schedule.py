@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from inventory_sdk.beside import Ground
 from inventory_sdk.errors import DurabilityNotReached, Overloaded
-from inventory_sdk.metrics.events import ComparisonsOverdue, Retried
-from inventory_sdk.reconcile.model import Reconcile
+from inventory_sdk.metrics.events import ComparisonsOverdue, DiscrepanciesOpen, Retried
+from inventory_sdk.reconcile.model import Cause, Reconcile
 from inventory_sdk.reconcile.sinks.sql import register_of
 from inventory_sdk.sync.backoff import Backoff, waited
 
@@ -85,8 +85,13 @@ class Schedule:
             now = time.time()
             self._ground.metrics.record(ComparisonsOverdue({SCOPES[name]: max(0.0, now - at) for name, at in self._due_at.items()}))
 
+    async def _tell_open(self) -> None:
+        """By every worker: what one alone had told would stand where another has compared since, or a person has corrected."""
+        self._ground.metrics.record(DiscrepanciesOpen(dict.fromkeys(map(str, Cause), 0) | await self._register.counted()))
+
     async def _round(self, stopping: asyncio.Event) -> float:
         await self._catch_up()
+        await self._tell_open()
         what, wait = await self._due()
         if what is None:
             return wait

@@ -24,6 +24,7 @@ from inventory_sdk.metrics import Alerting, Applied, BatchSent, Behind, Event, F
 from inventory_sdk.metrics.events import (
     Compared,
     ComparisonsOverdue,
+    DiscrepanciesOpen,
     Governed,
     GrayRouted,
     GrayRules,
@@ -57,6 +58,7 @@ EXAMPLES: list[Event] = [
     GrayRulesRead(3.5),
     PromotionsWaiting(2, 1),
     Compared("everything", 1000, 5, {"went_back": 2}, 1.5),
+    DiscrepanciesOpen({"went_back": 3}),
     ComparisonsOverdue({"everything": 0.0, "what": 12.5}),
     Triggered("recount", {"shop_saved": 3}),
     RecalculationsDue("recount", 4, 2.5),
