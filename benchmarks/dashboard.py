@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import tempfile
 import time
 from contextlib import suppress
@@ -69,7 +70,7 @@ def make_shop(namespace: str, registry: CollectorRegistry, **servers: str) -> In
 async def sell(inventory: Inventory, seconds: float, callers: int = 24, rush: int = 150) -> int:
     """Buyers come and go in waves, some repeat their call, some find nothing left, in the middle a rush; how many calls were made."""
 
-    @inventory.coalesce(key="shop", debounce=0.1)
+    @inventory.coalesce(key="shop", debounce=0.1, name="recount")
     async def recount(shop: str) -> None:
         await asyncio.sleep(sum(number % 7 for number in range(20_000)) * 1e-7)
 
@@ -144,6 +145,7 @@ def read_panels(server: PrometheusServer, seconds: float, interval: str) -> list
                 legend = target["legendFormat"]
                 for name, value in series["metric"].items():
                     legend = legend.replace("{{" + name + "}}", value)
+                legend = re.sub(r" ?\{\{\w+\}\}", "", legend)  # Prometheus drops labels that are empty
                 values = [(float(at), float(value)) for at, value in series["values"] if value not in ("NaN", "+Inf")]
                 if values:
                     found.lines.append((legend, values))

@@ -252,33 +252,32 @@ def test_promtool_finds_nothing_wrong_with_the_rules(tmp_path: Path) -> None:
 
 
 def test_every_alert_is_quiet_fires_and_resolves(tmp_path: Path) -> None:
-    shipped(tmp_path, "rules.yaml")
-    groups = []
+    """Each alert has a file of its own, with what is recorded for it: all rules at every minute of every case would take long."""
+    (group,) = RULES["groups"]
+    recorded = [rule for rule in group["rules"] if "record" in rule]
+    tests: list[Path] = []
     for name, cases in CASES.items():
+        rules = [{"name": group["name"], "rules": [*recorded, ALERTS[name]]}]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"groups": rules}))
+        firing = f'sum(ALERTS{{alertname="{name}", alertstate="firing"}})'
+        found = []
         for case in cases:
-            firing = f'sum(ALERTS{{alertname="{name}", alertstate="firing"}})'
-            groups.append(
+            quiet = firing if case.fires else f"max_over_time({firing}[{case.quiet}m:1m])"
+            said = [(quiet, case.quiet, False), (firing, case.fires, True), (firing, case.resolved, False)]
+            found.append(
                 {
-                    "name": name,
                     "interval": "1m",
                     "input_series": [{"series": series, "values": values} for series, values in case.series.items()],
                     "promql_expr_test": [
-                        {
-                            "expr": firing if case.fires else f"max_over_time({firing}[{case.quiet}m:1m])",
-                            "eval_time": f"{case.quiet}m",
-                            "exp_samples": [],
-                        },
-                        *(
-                            {"expr": firing, "eval_time": f"{minute}m", "exp_samples": [{"labels": "{}", "value": 1}] if fires else []}
-                            for minute, fires in ((case.fires, True), (case.resolved, False))
-                            if minute
-                        ),
+                        {"expr": asked, "eval_time": f"{minute}m", "exp_samples": [{"labels": "{}", "value": 1}] if fires else []}
+                        for asked, minute, fires in said
+                        if minute
                     ],
                 }
             )
-    test = tmp_path / "test.yaml"
-    test.write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": groups}))
-    assert "SUCCESS" in promtool("test", "rules", test)
+        tests.append(tmp_path / f"test_{name}.yaml")
+        tests[-1].write_text(yaml.safe_dump({"rule_files": [f"{name}.yaml"], "evaluation_interval": "1m", "tests": found}))
+    assert promtool("test", "rules", *tests).count("SUCCESS") == len(ALERTS)
 
 
 @pytest.mark.parametrize(("what", "name"), [("rules", "rules.yaml"), ("dashboard", "dashboard.json")])
@@ -286,6 +285,16 @@ def test_the_command_prints_what_is_shipped(what: str, name: str) -> None:
     done = CliRunner().invoke(app, ["monitoring", what])
     assert done.exit_code == 0
     assert done.output == SHIPPED.joinpath(name).read_text()
+
+
+def test_the_command_links_the_rules_to_where_the_run_book_stands() -> None:
+    done = CliRunner().invoke(app, ["monitoring", "rules", "--docs", "https://docs.example/stock/"])
+    printed = yaml.safe_load(done.output)
+    links = [rule["annotations"]["runbook_url"] for group in printed["groups"] for rule in group["rules"] if "alert" in rule]
+    assert links == [f"https://docs.example/stock/operations/monitoring.html#{name.lower()}" for name in ALERTS]
+    refused = CliRunner().invoke(app, ["monitoring", "rules", "--docs", "docs.example"])
+    assert refused.exit_code == 2
+    assert "--docs='docs.example'" in refused.output
 
 
 def test_the_command_says_what_it_can_print() -> None:

@@ -73,7 +73,7 @@ def wanted(selector: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield RECORDED.get(name, name), each
 
 
-# The parts, each in a run of its own --------------------------------------------------------------------------------------------------------
+# The parts, each in a run of its own -----------------------------------------------------------------------------------------------------
 
 
 async def synchronised(act: Callable[[Shop], Awaitable[None]], sink: PrometheusMetrics) -> None:
