@@ -53,7 +53,7 @@ class Panel:
     lines: list[tuple[str, list[tuple[float, float]]]]
 
 
-def make_shop(namespace: str, registry: CollectorRegistry, **servers: str) -> Inventory:
+def make_shop(namespace: str, registry: CollectorRegistry, **servers: Any) -> Inventory:
     """A shop with a core lane that is too small for its rushes, a bulk lane, and alerts that nobody is told of."""
     lanes = {
         "core": Lane(max_concurrency=32, max_queue=64, max_wait=0.2, timeout=2.0),

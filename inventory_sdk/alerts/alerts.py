@@ -345,14 +345,13 @@ class Alerts:
         for number, text in (await self._client().hgetall(self._key("silences"))).items():
             try:
                 silence = Silence.read(number.decode(), text)
-                over = silence.until <= now
+                if silence.until > now:
+                    silences.append(silence)
+                else:
+                    ended.append(number)
             except (ValueError, TypeError) as error:
                 log.error("silence %r can't be read and is forgotten: %r", number, error)
-                over = True
-            if over:
                 ended.append(number)
-            else:
-                silences.append(silence)
         return sorted(silences, key=lambda each: each.until), ended
 
     def _ground(self) -> Ground:

@@ -31,7 +31,7 @@ def to_log(alert: Alert) -> None:
 class _Stays(urllib.request.HTTPRedirectHandler):
     """A redirected POST would go on as a GET without its body, and with the token, to whoever was named."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         """None: the redirect is an error like any other answer."""
 
 

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 from inventory_sdk.beside import Ground
 from inventory_sdk.errors import DurabilityNotReached, Overloaded
@@ -67,17 +67,14 @@ class Schedule:
         if fresh:
             await self._register.remember(MEMORY, {**fresh, **times})
             times = {**fresh, **times}
-        self._set_due(times)
+        intervals = {"whole": self._settings.whole_every, "touched": self._settings.every}
+        self._due_at = {name: float(times[name]) + every for name, every in intervals.items() if every is not None}
+        self._tell_overdue()
         waits = {name: at - now for name, at in self._due_at.items()}
         for name, wait in waits.items():
             if wait <= 0:
                 return name, 0.0
         return None, min(LONGEST, *waits.values(), LONGEST)
-
-    def _set_due(self, times: Mapping[str, Any]) -> None:
-        intervals = {"whole": self._settings.whole_every, "touched": self._settings.every}
-        self._due_at |= {name: float(times[name]) + every for name, every in intervals.items() if every is not None and name in times}
-        self._tell_overdue()
 
     def _tell_overdue(self) -> None:
         """As far as is known here: while the ledger is away, what was due goes on being so."""
@@ -121,7 +118,6 @@ class Schedule:
                 work.result()
                 done = {"touched": began} | ({"whole": began} if what == "whole" else {})
                 await self._register.remember(MEMORY, await self._register.remembered(MEMORY) | done)
-                self._set_due(done)
         finally:
             for task in (work, stop):
                 task.cancel()

@@ -238,6 +238,22 @@ def test_a_flood_of_hot_skus_leaves_few_rows_whether_or_not_the_system_can_forge
         assert not bench.found(series.name, dict(zip(series.labels, labels, strict=True)))
 
 
+def test_an_agent_of_statsd_sees_few_names_however_many_skus_were_hot() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as agent:
+        agent.bind(("127.0.0.1", 0))
+        agent.setblocking(False)
+        sink = StatsdMetrics(*agent.getsockname())
+        names: set[bytes] = set()
+        for number in range(0, 3 * MOST, TOP):
+            sink.record(HotspotsUsed(TOP, 0, 0, 1, (), {}, {}, [("m1", f"sku-{number + place}", 1.0) for place in range(TOP)]))
+            with suppress(BlockingIOError):
+                while True:
+                    lines = agent.recv(65_536).splitlines()
+                    names |= {line.partition(b"|#")[2] for line in lines if line.startswith(b"inventory.hotspot_rate:")}
+        sink.close()
+    assert MOST <= len(names) <= MOST + 1
+
+
 def test_rows_are_opened_once_however_many_threads_write() -> None:
     class Slow(SeriesSink):
         def __init__(self) -> None:
