@@ -293,6 +293,8 @@ async def test_the_age_is_told_by_itself_and_before_what_may_hang(namespace: str
             await asyncio.Event().wait()
 
         watch.flush = hang  # type: ignore[method-assign]
-        await here.set("checkout", percentage=5, **WHO)
-        await until(lambda: ages(metrics))
-        watch.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign, assignment]
+        try:
+            await here.set("checkout", percentage=5, **WHO)
+            await until(lambda: ages(metrics))
+        finally:
+            watch.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign, assignment]
