@@ -1,6 +1,7 @@
 """The shipped dashboard on a real run, drawn: ``python -m benchmarks.dashboard --seconds 90 --out docs/operations/dashboard.svg``.
 
-A shop sells on Redis, RabbitMQ and PostgreSQL with a worker beside it; Prometheus (Debian's) scrapes it and answers the dashboard's own
+A shop sells on Redis, RabbitMQ and PostgreSQL with a worker beside it: with a hot SKU that is paced, a gray link, comparisons,
+recalculations and business alerts. Prometheus (Debian's) scrapes it and answers the dashboard's own
 queries; what Grafana would show is drawn as SVG. It stands in for a screenshot where no Grafana can be had.
 """
 
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import tempfile
 import time
 from contextlib import suppress
@@ -21,8 +23,10 @@ from typing import Any, Final
 from uuid import uuid4
 
 from prometheus_client import CollectorRegistry, start_http_server
+from redis.asyncio import Redis
 
 from inventory_sdk import InsufficientStock, Inventory, Lane, Line
+from inventory_sdk.alerts import RefusalRatio, StockOut
 from inventory_sdk.errors import InventoryError, Overloaded
 from inventory_sdk.metrics.prometheus import PrometheusMetrics
 from tests.prometheus_kit import PrometheusServer, prometheus
@@ -32,6 +36,12 @@ AMQP: Final = "amqp://guest:guest@127.0.0.1:5672/"
 POSTGRESQL: Final = "postgresql+asyncpg://postgres@127.0.0.1:5432/test"
 COLORS: Final = ("#7eb26d", "#eab839", "#6ed0e0", "#ef843c", "#e24d42", "#1f78c1", "#ba43a9", "#705da0", "#508642", "#cca300")
 WIDTH, HEIGHT, GAP = 400, 190, 8
+QUIET: Final = {
+    "Tried again": "nothing failed",
+    "Alerts that fire": "none fires: a minute is short for them",
+    "Waiting to be moved": 'this shop has no admission="auto"',
+}
+"""Panels that may have nothing to show in this run, and why."""
 
 
 @dataclass
@@ -43,20 +53,40 @@ class Panel:
     lines: list[tuple[str, list[tuple[float, float]]]]
 
 
-def make_shop(namespace: str, registry: CollectorRegistry, **servers: str) -> Inventory:
-    """A shop with a core lane that is too small for its rushes, and a bulk lane."""
+def make_shop(namespace: str, registry: CollectorRegistry, **servers: Any) -> Inventory:
+    """A shop with a core lane that is too small for its rushes, a bulk lane, and alerts that nobody is told of."""
     lanes = {
         "core": Lane(max_concurrency=32, max_queue=64, max_wait=0.2, timeout=2.0),
         "batch": Lane(max_concurrency=2, max_queue=4, max_wait=0.5, timeout=2.0),
     }
     metrics = [PrometheusMetrics(registry)]
-    return Inventory(servers.pop("redis"), **servers, namespace=namespace, table_prefix=f"{namespace}_", lanes=lanes, metrics=metrics)
+    redis = servers.pop("redis")
+    inventory = Inventory(redis, **servers, namespace=namespace, table_prefix=f"{namespace}_", lanes=lanes, metrics=metrics)
+    inventory.alerts.watch(RefusalRatio(above=0.05, at_least=20), StockOut())
+    inventory.alerts.tell(lambda _: None)
+    return inventory
 
 
 async def sell(inventory: Inventory, seconds: float, callers: int = 24, rush: int = 150) -> int:
     """Buyers come and go in waves, some repeat their call, some find nothing left, in the middle a rush; how many calls were made."""
 
+    @inventory.coalesce(key="shop", debounce=0.1, name="recount")
+    async def recount(shop: str) -> None:
+        await asyncio.sleep(sum(number % 7 for number in range(20_000)) * 1e-7)
+
+    @inventory.trigger("order_paid", runs=recount)
+    async def paid(shop: str, order: str) -> None:
+        await inventory.stock.confirm(order)
+
+    async def quote_fast(merchant: str) -> None:
+        await asyncio.sleep(0.001)
+
+    @inventory.gray("quoting", candidate=quote_fast, merchant="merchant")
+    async def quote(merchant: str) -> None:
+        await asyncio.sleep(0.003)
+
     @inventory.lane("core")
+    @inventory.hotspot(threshold="60/second", limit="200/second", max_wait=0.1)
     @inventory.reserves(run="now", operation_id="order", sku="sku", quantity="quantity", ttl=600)
     async def place_order(order: str, sku: str, quantity: int) -> None:
         await asyncio.sleep(0.002)
@@ -66,8 +96,15 @@ async def sell(inventory: Inventory, seconds: float, callers: int = 24, rush: in
     async def write_off(order: str, sku: str, quantity: int) -> None:
         await asyncio.sleep(0.01)
 
+    async def compare() -> None:
+        """What was touched, again and again."""
+        while (left := seconds - (time.monotonic() - began)) > 0:
+            await inventory.reconciler.run(touched=True)
+            await asyncio.sleep(min(2.0, left))
+
     calls = 0
     began = time.monotonic()
+    await inventory.gray_links.set("quoting", percentage=30, who="benchmark", why="a third of the merchants")
     await inventory.stock.restock([Line(f"sku-{number}", 10_000_000 if number else 60) for number in range(6)], operation_id="in")
 
     async def buyer(number: int) -> None:
@@ -83,12 +120,14 @@ async def sell(inventory: Inventory, seconds: float, callers: int = 24, rush: in
                 work = write_off if dice.random() < 0.03 else place_order
                 await work(order, f"sku-{dice.choice([0, 1, 1, 1, 2, 3, 4, 5])}", dice.randint(1, 3))
                 if dice.random() < 0.05:
-                    await work(order, "sku-1", 1) if dice.random() < 0.1 else await inventory.stock.confirm(order)
+                    await work(order, "sku-1", 1) if dice.random() < 0.1 else await paid(f"shop-{dice.randrange(4)}", order)
+                if dice.random() < 0.1:
+                    await quote(f"m{dice.randrange(20)}")
                 if dice.random() < 0.05:
                     await inventory.stock.deduct([Line("sku-1", 1)], operation_id=f"again-{number}")
             await asyncio.sleep(dice.random() * 0.02)
 
-    await asyncio.gather(*[buyer(number) for number in range(callers + rush)])
+    await asyncio.gather(compare(), *[buyer(number) for number in range(callers + rush)])
     return calls
 
 
@@ -106,6 +145,7 @@ def read_panels(server: PrometheusServer, seconds: float, interval: str) -> list
                 legend = target["legendFormat"]
                 for name, value in series["metric"].items():
                     legend = legend.replace("{{" + name + "}}", value)
+                legend = re.sub(r" ?\{\{\w+\}\}", "", legend)  # Prometheus drops labels that are empty
                 values = [(float(at), float(value)) for at, value in series["values"] if value not in ("NaN", "+Inf")]
                 if values:
                     found.lines.append((legend, values))
@@ -132,7 +172,8 @@ def drawn(panels: list[Panel], columns: int = 3) -> str:
         x, y = GAP + number % columns * (WIDTH + GAP), GAP + number // columns * (HEIGHT + GAP)
         out.append(f'<g transform="translate({x} {y})"><rect width="{WIDTH}" height="{HEIGHT}" rx="2" fill="#181b1f"/>')
         out.append(f'<text x="8" y="16" fill="#ccccdc" font-size="12">{escape(panel.title)}</text>')
-        out += _plotted(panel) if panel.lines else ['<text x="150" y="90" fill="#7b8087">nothing happened</text>']
+        why = QUIET.get(panel.title, "nothing happened")
+        out += _plotted(panel) if panel.lines else [f'<text x="200" y="90" fill="#7b8087" text-anchor="middle">{escape(why)}</text>']
         out.append("</g>")
     return "\n".join([*out, "</svg>"]) + "\n"
 
@@ -162,6 +203,15 @@ def _plotted(panel: Panel) -> list[str]:
     return out
 
 
+async def swept(namespace: str) -> None:
+    """Remove what the shop left in Redis, once nobody writes any more."""
+    client: Any = Redis.from_url(REDIS)
+    keys = [key async for key in client.scan_iter(match=f"*{namespace}*", count=1000)]
+    if keys:
+        await client.delete(*keys)
+    await client.aclose()
+
+
 async def main(seconds: float, out: Path) -> None:
     """Sell, scrape, draw; the servers are left as they were found."""
     from sqlalchemy.ext.asyncio import create_async_engine
@@ -182,8 +232,7 @@ async def main(seconds: float, out: Path) -> None:
                 panels = await asyncio.to_thread(read_panels, server, seconds, "5s")
             running: Any = inventory._running()
             await running.queue.delete(0)
-            keys = [key async for key in running.client.scan_iter(match=f"*{namespace}*", count=1000)]
-            await running.client.delete(*keys)
+        await swept(namespace)
     engine = create_async_engine(POSTGRESQL)
     async with engine.begin() as connection:
         await connection.run_sync(tables(f"{namespace}_").metadata.drop_all)

@@ -32,8 +32,9 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """Nobody is told of what matches until then (seconds since 1970). ``rule``, ``subject``: None matches all; a SKU's subject is
-    ``merchant/sku``."""
+    """Nobody is told of what matches until then, if it was made (``since``) before; both seconds since 1970. ``rule``, ``subject``: None
+    matches all; a SKU's subject is ``merchant/sku``. With a clock that went back behind its beginning it is not in force: better told
+    twice than silent for too long."""
 
     number: str
     rule: str | None
@@ -41,14 +42,17 @@ class Silence:
     until: float
     who: str
     why: str
+    since: float = 0.0
 
     def covers(self, rule: str, subject: str, now: float) -> bool:
         """Whether it is about this, now."""
-        return now < self.until and self.rule in (None, rule) and self.subject in (None, subject, subject.replace("\x1f", "/"))
+        return (
+            self.since <= now < self.until and self.rule in (None, rule) and self.subject in (None, subject, subject.replace("\x1f", "/"))
+        )
 
     def text(self) -> str:
         """As Redis keeps it."""
-        return json.dumps([self.rule, self.subject, self.until, self.who, self.why])
+        return json.dumps([self.rule, self.subject, self.until, self.who, self.why, self.since])
 
     @classmethod
     def read(cls, number: str, text: str | bytes) -> Silence:
@@ -95,14 +99,15 @@ class Standing:
 
 def judged(before: Mapping[str, Standing], rule: Rule, findings: Iterable[Finding], now: float) -> dict[str, Standing]:
     """One rule's standings after a round: found anew, found still, over. What never fired and is not found any more is forgotten;
-    what fired stays, ``over``, until those who were told know."""
+    what fired stays, ``over``, until those who were told know. Time in which nobody judged counts as time in which it was found."""
     after: dict[str, Standing] = {}
     for subject, value, message in findings:
         known = before.get(f"{rule.name}\x1f{subject}")
-        since = now if known is None or known.over else known.since
+        # A clock that went back must not make what was found earlier begin later.
+        since = now if known is None or known.over else min(known.since, now)
         told = () if known is None else known.told  # one that comes back before its end was told is still the same to those
         firing = now - since >= rule.hold or (known is not None and known.firing and not known.over)
-        standing = Standing(rule.name, subject, rule.severity, since, value, message, firing, False, told)
+        standing = Standing(rule.name, str(subject), str(rule.severity), since, float(value), str(message), firing, False, told)
         after[standing.key] = standing
     for key, known in before.items():
         if known.rule == rule.name and key not in after and known.told:

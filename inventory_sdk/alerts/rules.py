@@ -76,6 +76,16 @@ class Rule(Protocol):
         ...
 
 
+def check(rule: Rule | Counting) -> None:
+    """``InvalidOperation`` for one that can't be watched."""
+    if not rule.name or not rule.name.isidentifier():
+        raise InvalidOperation("name", rule.name, "of a rule must be a word, like stock_out")
+    if not 0 <= rule.hold <= MAX_WINDOW:
+        raise InvalidOperation("hold", rule.hold, f"of rule {rule.name} must be from 0 to {MAX_WINDOW:g} seconds")
+    if not BUCKET <= rule.window <= MAX_WINDOW:
+        raise InvalidOperation("window", rule.window, f"of rule {rule.name} must be from {BUCKET} to {MAX_WINDOW:g} seconds")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counting:
     """What rules have in common: they count nothing where they say nothing else."""
@@ -86,12 +96,7 @@ class Counting:
     window: float = 60.0
 
     def __post_init__(self) -> None:
-        if not self.name or not self.name.isidentifier():
-            raise InvalidOperation("name", self.name, "of a rule must be a word, like stock_out")
-        if not 0 <= self.hold <= MAX_WINDOW:
-            raise InvalidOperation("hold", self.hold, f"of rule {self.name} must be from 0 to {MAX_WINDOW:g} seconds")
-        if not BUCKET <= self.window <= MAX_WINDOW:
-            raise InvalidOperation("window", self.window, f"of rule {self.name} must be from {BUCKET} to {MAX_WINDOW:g} seconds")
+        check(self)
 
     def on_event(self, event: Event) -> Iterable[Count]:
         """Nothing."""

@@ -5,6 +5,8 @@ Keys ``<namespace>:alerts:counts:<bucket>``, fields ``rule ␟ subject ␞ part`
 
 from __future__ import annotations
 
+import heapq
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +20,8 @@ PUSHED: Final = 1000
 """Counts of one push; the largest go first, what is beyond them stays here until the next one."""
 KEPT: Final = 20_000
 """Counts that may wait here while Redis is away; the smallest are forgotten beyond that."""
+COUNTED: Final = 2 * KEPT
+"""Subjects counted between two pushes: a flood of names that come once each must not fill the memory."""
 SETTLED: Final = 30
 """Seconds after which nobody adds to a bucket any more."""
 
@@ -31,33 +35,39 @@ class Tally:
         self._known: dict[int, dict[tuple[str, str, str], int]] = {}
 
     def add(self, rule: str, counts: Iterable[Count]) -> None:
-        """Count; returns at once."""
+        """Count; returns at once. ``TypeError`` for a number that is not whole: Redis could not add it to the others."""
+        waiting = self._waiting
         for subject, part, number in counts:
-            self._waiting[rule, subject, part] += number
+            name = rule, subject, part
+            if name in waiting or len(waiting) < COUNTED:
+                waiting[name] += operator.index(number)
 
     async def push(self, client: Redis | RedisCluster, now: float) -> None:
-        """Add what was counted here to the sums. Raises the client's errors; then a part of it may be counted twice, or stays here."""
+        """Add what was counted here to the sums. Raises the client's errors: what Redis refused stays here. Where its answer is lost, all
+        stays here, and may be counted twice."""
         if not self._waiting:
             return
         taken, self._waiting = self._waiting, Counter()
-        going = dict(sorted(taken.items(), key=lambda item: -abs(item[1]))[:PUSHED])
+        going = dict(heapq.nlargest(PUSHED, (item for item in taken.items() if item[1]), _size))
         key = f"{self._prefix}{int(now // BUCKET)}"
+        stay: Mapping[tuple[str, str, str], int] = taken  # until Redis has answered
         try:
             async with client.pipeline(transaction=False) as pipeline:
                 for (rule, subject, part), number in going.items():
-                    if number:
-                        pipeline.hincrby(key, f"{rule}\x1f{subject}\x1e{part}", number)
+                    pipeline.hincrby(key, f"{rule}\x1f{subject}\x1e{part}", number)
                 pipeline.expire(key, int(MAX_WINDOW + 10 * BUCKET))
-                await pipeline.execute()
-        except BaseException:
-            going = {}
-            raise
+                answers = await pipeline.execute(raise_on_error=False)
+            refused = {name for name, answer in zip(going, answers, strict=False) if isinstance(answer, Exception)}
+            stay = {name: number for name, number in taken.items() if name in refused or name not in going}
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
         finally:
-            for name, number in taken.items():
-                if name not in going:
+            for name, number in stay.items():
+                if number:
                     self._waiting[name] += number
             if len(self._waiting) > KEPT:
-                self._waiting = Counter(dict(sorted(self._waiting.items(), key=lambda item: -abs(item[1]))[:KEPT]))
+                self._waiting = Counter(dict(heapq.nlargest(KEPT, self._waiting.items(), _size)))
 
     async def sums(self, client: Redis | RedisCluster, rules: Iterable[Rule], now: float) -> dict[str, dict[str, Sums]]:
         """By rule and subject, over each rule's window."""
@@ -88,6 +98,10 @@ class Tally:
             answers: list[Mapping[Any, Any]] = await pipeline.execute()
         for bucket, answer in zip(missing, answers, strict=True):
             self._known[bucket] = {_named(field): int(number) for field, number in answer.items()}
+
+
+def _size(item: tuple[tuple[str, str, str], int]) -> int:
+    return abs(item[1])
 
 
 def _named(field: str | bytes) -> tuple[str, str, str]:

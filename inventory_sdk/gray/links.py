@@ -65,7 +65,7 @@ class GrayLinks:
 
     async def start(self, ground: Ground) -> None:
         """Refuse candidates that don't fit (``TypeError``), and learn the rules."""
-        watch = Watch(ground, self._attributes_of, self._path)
+        watch = Watch(ground, self._attributes_of, self._path, named=self._named)
         # First of all: whatever fails from here on, close() is called and takes it away again.
         self._here.setdefault(asyncio.get_running_loop(), []).append(watch)
         self._last = (None, None)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine, Mapping
+import time
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ from inventory_sdk.gray.rules import Rules, read
 from inventory_sdk.gray.samples import Samples
 from inventory_sdk.gray.store import AWAY, RulesChanged, RuleStore, RulesUnavailable
 from inventory_sdk.metrics import Happened, Retried
-from inventory_sdk.metrics.events import GrayRouted, GrayRules
+from inventory_sdk.metrics.events import GrayRouted, GrayRules, GrayRulesRead
 from inventory_sdk.sync.backoff import Backoff, waited
 
 log = logging.getLogger("inventory_sdk.gray")
@@ -41,9 +42,10 @@ Attributes = Callable[[str], Mapping[str, Any]]
 
 
 class Watch:
-    """One event loop's half of the links. ``known`` is by link."""
+    """One event loop's half of the links. ``known`` is by link. ``named``: the links that are declared, whether rules of them are known or
+    not."""
 
-    def __init__(self, ground: Ground, attributes: Attributes, path: Path | None, poll: float = POLL) -> None:
+    def __init__(self, ground: Ground, attributes: Attributes, path: Path | None, poll: float = POLL, named: Collection[str] = ()) -> None:
         self.ground = ground
         self.store = RuleStore(ground.client, ground.namespace)
         self.known: dict[str, Decider] = {}
@@ -52,6 +54,8 @@ class Watch:
         self._attributes = attributes
         self._path = path
         self._poll = poll
+        self._named = named
+        self._read_at = time.monotonic()
         self._look = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._samples: dict[str, Samples] = {}
@@ -115,6 +119,7 @@ class Watch:
 
     async def load(self) -> None:
         """Look at all rules in Redis. ``RulesUnavailable``."""
+        asked = time.monotonic()
         found = await self.store.load()
         versions: dict[str, int] = {}
         for link, document in found.items():
@@ -134,6 +139,7 @@ class Watch:
                     self._coming.setdefault(link, set()).update(exposed)
                 with suppress(RulesChanged):  # somebody was first
                     await self.store.bring_back(there, decider.rules)
+        self._read_at = asked
 
     def hint(self) -> None:
         """Somebody knows newer rules than we do."""
@@ -227,6 +233,11 @@ class Watch:
         self._fetched[link] = max(self._fetched.get(link, 0), known + len(found))  # a push and a poll may both be here
         self._exposed.setdefault(link, set()).update(found)
 
+    def _tell_age(self) -> None:
+        """Not from where the rules are read: who hangs there says nothing."""
+        if self._named or self.known:
+            self.ground.metrics.record(GrayRulesRead(time.monotonic() - self._read_at))
+
     # Tasks --------------------------------------------------------------------------------------------------------------------------
 
     async def _keep_looking(self) -> None:
@@ -251,6 +262,7 @@ class Watch:
         while True:
             await waited(self._flush, FLUSH)
             self._flush.clear()
+            self._tell_age()
             await self.flush()
             await asyncio.sleep(0.05)
 

@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from inventory_sdk.beside import Ground
 from inventory_sdk.errors import DurabilityNotReached, InvalidOperation, InventoryError
 from inventory_sdk.hotspot.detector import STOCK, Detector
-from inventory_sdk.metrics import Happened, Retried
+from inventory_sdk.metrics import Happened, PromotionsWaiting, Retried
 from inventory_sdk.model import Position, split_key
 from inventory_sdk.stock import handover
 
@@ -44,6 +44,7 @@ class Promotion:
         self._bringing: dict[str, asyncio.Task[None]] = {}
         self._wanted = asyncio.Event()
         self._not_before: dict[str, float] = {}
+        self._told: tuple[int, int] | None = None
         detector.heated.append(lambda watch, _: self._wanted.set() if watch.stream == STOCK else None)
 
     def known(self, field: str) -> bool:
@@ -69,6 +70,7 @@ class Promotion:
                     await self.move()
         finally:
             stop.cancel()
+            self._tell_waiting(0, 0)
 
     async def move(self) -> None:
         """What there is to move now, if no other worker is at it. What fails is counted, and tried at the next look."""
@@ -78,12 +80,16 @@ class Promotion:
         coming = hot.difference(there)
         cool = {field for field, since in there.items() if field not in hot and since <= stayed}
         if not coming and not cool:
+            self._tell_waiting(0, 0)
             return
+        stays = len(coming)
         try:
             if not await self._may_move():
+                self._tell_waiting(0, 0)  # that is the other's to tell
                 return
             if coming:
                 await self.promote(sorted(coming))
+            stays = 0
             now = time.monotonic()
             self._not_before = {field: at for field, at in self._not_before.items() if field in cool}
             due = [field for field in sorted(cool) if self._not_before.get(field, now) <= now]
@@ -93,6 +99,13 @@ class Promotion:
                     self._not_before.pop(field, None)
         except (InventoryError, RedisError, OSError) as error:
             self._ground.metrics.record(Retried("promotion", type(error).__name__))
+        self._tell_waiting(stays, len(cool.intersection(self._detector.promoted)))
+
+    def _tell_waiting(self, to_redis: int, to_database: int) -> None:
+        """Where it has changed: a look is made five times a second."""
+        if (to_redis, to_database) != self._told:
+            self._told = to_redis, to_database
+            self._ground.metrics.record(PromotionsWaiting(to_redis, to_database))
 
     async def promote(self, fields: Sequence[str]) -> int:
         """Redis sells these, and what live reservations join with them, from now on; how many went."""

@@ -102,6 +102,13 @@ class Register:
         async with self._engines.read() as connection:
             return [_row(row) for row in await connection.execute(query.order_by(table.c.number.desc()).limit(limit))]
 
+    async def counted(self) -> dict[str, int]:
+        """How many are open, by kind."""
+        table = self._table
+        query = select(table.c.kind, func.count()).where(table.c.state.in_(LIVE)).group_by(table.c.kind)
+        async with self._engines.read() as connection:
+            return {str(kind): int(number) for kind, number in await connection.execute(query)}
+
     async def get(self, number: int) -> Row | None:
         """The row of this number."""
         async with self._engines.read() as connection:

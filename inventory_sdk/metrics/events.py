@@ -59,16 +59,17 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """Something worth counting and maybe an alert: ``frozen``, ``recovered``, ``lost``, ``late_entry``, ``fork``, ``unreadable``,
-    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
-    ``drift``, ``sink_away``, ``sink_refused``.
-    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
-    ``hotspot_heated``, ``hotspot_cooled``, ``promoted``, ``demoted``.
-    ``rejected``, ``duplicate``, ``dead_letter``, ``task_died``, ``writes_stock_failed``, ``announce_failed``, ``stale``,
-    ``recalculation_failed``, ``recalculation_cut_off``, ``recalculation_stuck``, ``recalculation_lease_lost``,
-    ``recalculation_taken_over``.
+    """Something worth counting and maybe an alert. ``name`` is one of
 
-    Labels have few values: partition, kind, reason, why, task (a coalesced function too)."""
+    ``frozen``, ``recovered``, ``refused``, ``lost``, ``late_entry``, ``fork``, ``unreadable``, ``part_waits`` (a partition);
+    ``rejected``, ``duplicate``, ``writes_stock_failed``, ``announce_failed``, ``stale`` (operations and holds);
+    ``dead_letter``, ``task_died``, ``background_failed``; ``mismatch``; ``drift``, ``sink_away``, ``sink_refused`` (comparisons);
+    ``hotspot_heated``, ``hotspot_cooled``, ``promoted``, ``demoted``; ``gray_guard``, ``gray_admission``, ``gray_brought_back``,
+    ``gray_unreadable``, ``gray_baggage_unreadable``, ``gray_attributes_failed``, ``gray_snapshot_failed``;
+    ``recalculation_failed``, ``recalculation_cut_off``, ``recalculation_stuck``, ``recalculation_lease_lost``,
+    ``recalculation_taken_over``; ``metrics_sink_failed``.
+
+    Labels have few values: partition, kind, reason, why, status, queue, function, task (a coalesced function too)."""
 
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -108,6 +109,14 @@ class Behind:
 
 
 @dataclass(frozen=True, slots=True)
+class PartitionOpen:
+    """Whether one partition sells, about once a second from each worker: Redis and the ledger are in one epoch, and it is open in both."""
+
+    partition: int
+    open: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Alerting:
     """Business alerts that fire, by rule; every rule is in it."""
 
@@ -137,6 +146,14 @@ class GrayRules:
 
 
 @dataclass(frozen=True, slots=True)
+class GrayRulesRead:
+    """About once a second where there are gray links: seconds since this process last saw all rules as they stand in Redis (or since its
+    start). A kill that was made since may be unknown here."""
+
+    age_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Compared:
     """One comparison of Redis, ledger and the service's tables. ``scope``: ``everything``, ``what`` (was touched), ``merchant``,
     ``discrepancy``. ``open``: discrepancies by cause, of a comparison of everything; empty for others."""
@@ -146,6 +163,29 @@ class Compared:
     holds: int
     open: Mapping[str, int]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DiscrepanciesOpen:
+    """From each worker, several times a minute: discrepancies that nobody has corrected or seen end, by cause; every cause is in it."""
+
+    open: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonsOverdue:
+    """From each worker, several times a minute: seconds since a scheduled comparison should have been made, 0 where it is not due.
+    ``seconds``: by scope, ``everything`` and ``what`` (was touched); one that is not scheduled is not in it."""
+
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionsWaiting:
+    """After each look of the worker that moves SKUs (``admission="auto"``): those that should be elsewhere and could not be moved."""
+
+    to_redis: int
+    to_database: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +234,16 @@ class Recalculated:
 
 
 @dataclass(frozen=True, slots=True)
+class RecalculationsDue:
+    """One coalesced function's keys that nobody calculates although they are due, over all processes; every two seconds from each.
+    ``overdue_seconds``: of the longest."""
+
+    function: str
+    keys: int
+    overdue_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Governed:
     """The CPU governor, once a second: share of the CPU in use, lateness of the event loop, and what each may use of its own
     (``redistribution``, and the lanes that it may slow), from the floor to 1."""
@@ -211,13 +261,19 @@ Event = (
     | Happened
     | LaneUsed
     | Behind
+    | PartitionOpen
     | Alerting
     | GrayRouted
     | GrayRules
+    | GrayRulesRead
     | Compared
+    | DiscrepanciesOpen
+    | ComparisonsOverdue
+    | PromotionsWaiting
     | HotspotsUsed
     | Triggered
     | Recalculated
+    | RecalculationsDue
     | Governed
 )
 

@@ -56,9 +56,10 @@ class OpenTelemetryMetrics(SeriesSink):
         observe = self._histograms[series].record
         return lambda value: observe(value, attributes)
 
-    def ended(self, series: Series, labels: tuple[str, ...]) -> None:
+    def ended(self, series: Series, labels: tuple[str, ...]) -> bool:
         """It is not observed any more."""
         self._gauges[series].pop(labels, None)
+        return True
 
     def _observed(self, series: Series, options: CallbackOptions) -> list[Observation]:
         """A gauge's values now; called from the thread that collects."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 from threading import Lock
+from typing import Final
 from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from inventory_sdk.metrics.series import Series, all_series
+from inventory_sdk.metrics.series import TABLE, Series, all_series
 from inventory_sdk.metrics.sink import SeriesSink, Write
 
 Collector = Counter | Gauge | Histogram
+
+WHOLE: Final = {series for reading in TABLE.values() for series in reading.whole}
 
 _made: WeakKeyDictionary[CollectorRegistry, dict[Series, Collector]] = WeakKeyDictionary()
 _making = Lock()
@@ -48,15 +51,18 @@ class PrometheusMetrics(SeriesSink):
     def opened(self, series: Series, labels: tuple[str, ...]) -> Write:
         """The labelled child's own method."""
         collector = self._all[series]
+        if isinstance(collector, Gauge) and series in WHOLE:
+            # Another sink on this registry may have ended the row: a child that was kept would be written to and not be seen.
+            return lambda value: collector.labels(*labels).set(value)
         child = collector.labels(*labels) if labels else collector
         if isinstance(child, Counter):
             return child.inc
         return child.set if isinstance(child, Gauge) else child.observe
 
-    def ended(self, series: Series, labels: tuple[str, ...]) -> None:
+    def ended(self, series: Series, labels: tuple[str, ...]) -> bool:
         """Forget the child; files that several processes share can't forget, so there it becomes 0."""
-        collector = self._all[series]
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            collector.remove(*labels)
-        elif isinstance(collector, Gauge):
-            collector.labels(*labels).set(0)
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            self._writes[series, labels](0)
+            return False
+        self._all[series].remove(*labels)
+        return True

@@ -16,14 +16,20 @@ from inventory_sdk.metrics.events import (
     BatchSent,
     Behind,
     Compared,
+    ComparisonsOverdue,
+    DiscrepanciesOpen,
     Governed,
     GrayRouted,
     GrayRules,
+    GrayRulesRead,
     Happened,
     HotspotsUsed,
     LaneUsed,
+    PartitionOpen,
+    PromotionsWaiting,
     Published,
     Recalculated,
+    RecalculationsDue,
     Retried,
     Triggered,
 )
@@ -32,7 +38,7 @@ SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 LAG_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 COUNTS: Final = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2000)
 
-Across = Literal["livesum", "livemax", "livemostrecent"]
+Across = Literal["livesum", "livemin", "livemax", "livemostrecent"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,8 +151,21 @@ def _behind(event: Behind) -> Iterator[Sample]:
     yield JOURNAL_ENTRIES, partition, event.journal
 
 
+PARTITION_OPEN = _gauge(
+    "partition_open", "1 while a partition sells, 0 while it is frozen or rebuilt.", "partition", across="livemostrecent"
+)
+
+
+def _partition_open(event: PartitionOpen) -> Iterator[Sample]:
+    yield PARTITION_OPEN, (str(event.partition),), int(event.open)
+
+
 RETRIES = _counter("retries", "Attempts that failed and were made again.", "what", "reason")
 EVENTS = _counter("events", "Happenings that may need somebody.", "name", "partition", "reason")
+
+
+_REASONS: Final = ("reason", "why", "status", "task", "function", "queue")
+"""Labels of a happening, the first that it has is its reason."""
 
 
 def _retried(event: Retried) -> Iterator[Sample]:
@@ -155,7 +174,7 @@ def _retried(event: Retried) -> Iterator[Sample]:
 
 def _happened(event: Happened) -> Iterator[Sample]:
     labels = event.labels
-    reason = labels.get("reason") or labels.get("why") or labels.get("status") or labels.get("task", "")
+    reason = next((labels[name] for name in _REASONS if labels.get(name)), "")
     yield EVENTS, (event.name, labels.get("partition", ""), reason), 1
 
 
@@ -208,6 +227,14 @@ def _hotspots(event: HotspotsUsed) -> Iterator[Sample]:
         yield HOT_RATE, (merchant, sku), rate
 
 
+PROMOTION_WAITING = _gauge("promotion_waiting", "SKUs that should be sold elsewhere and could not be moved.", "to", across="livemax")
+
+
+def _promotions_waiting(event: PromotionsWaiting) -> Iterator[Sample]:
+    yield PROMOTION_WAITING, ("redis",), event.to_redis
+    yield PROMOTION_WAITING, ("database",), event.to_database
+
+
 GRAY_CALLS = _counter("gray_calls", "Calls that went through a gray link to one of its sides.", "link", "variant")
 GRAY_ERRORS = _counter("gray_errors", "Those of them that raised.", "link", "variant")
 GRAY_SECONDS = _counter("gray_seconds", "Seconds that they took together.", "link", "variant", unit="s")
@@ -216,6 +243,9 @@ GRAY_PERCENTAGE = _gauge(
     "gray_percentage", "Percentage of merchants that the rules send to the candidate.", "link", across="livemostrecent"
 )
 GRAY_KILLED = _gauge("gray_killed", "1 while everybody is on the stable side.", "link", across="livemostrecent")
+GRAY_RULES_AGE = _gauge(
+    "gray_rules_age_seconds", "Time since a process last saw the gray links' rules as they stand in Redis.", unit="s", across="livemax"
+)
 GRAY_PAUSED = _gauge("gray_paused", "1 while the percentage may not be raised.", "link", across="livemostrecent")
 
 
@@ -234,12 +264,14 @@ def _gray_rules(event: GrayRules) -> Iterator[Sample]:
     yield GRAY_PAUSED, link, int(event.paused)
 
 
+def _gray_rules_read(event: GrayRulesRead) -> Iterator[Sample]:
+    yield GRAY_RULES_AGE, (), event.age_seconds
+
+
 COMPARED_SKUS = _counter("compared_skus", "SKUs whose Redis counters were compared with the ledger.", "scope")
 COMPARED_HOLDS = _counter("compared_holds", "Reservations that were compared.", "scope")
 COMPARISON_SECONDS = _histogram("comparison_seconds", "Duration of a comparison.", "scope", buckets=LAG_SECONDS)
-DISCREPANCIES = _gauge(
-    "discrepancies_open", "Discrepancies at the end of the last comparison of everything.", "cause", across="livemostrecent"
-)
+DISCREPANCIES = _gauge("discrepancies_open", "Discrepancies that are open.", "cause", across="livemostrecent")
 
 
 def _compared(event: Compared) -> Iterator[Sample]:
@@ -251,12 +283,31 @@ def _compared(event: Compared) -> Iterator[Sample]:
         yield DISCREPANCIES, (cause,), count
 
 
+COMPARISON_OVERDUE = _gauge(
+    "comparison_overdue_seconds", "Time since a scheduled comparison should have been made.", "scope", unit="s", across="livemin"
+)
+
+
+def _discrepancies(event: DiscrepanciesOpen) -> Iterator[Sample]:
+    for cause, count in event.open.items():
+        yield DISCREPANCIES, (cause,), count
+
+
+def _comparisons_overdue(event: ComparisonsOverdue) -> Iterator[Sample]:
+    for scope, seconds in event.seconds.items():
+        yield COMPARISON_OVERDUE, (scope,), seconds
+
+
 TRIGGER_CALLS = _counter("trigger_calls", "Calls that asked for a recalculation.", "function", "trigger")
 RECALCULATIONS = _counter("recalculations", "Runs of a coalesced function.", "function", "outcome")
 RECALCULATION_CALLS = _counter("recalculation_calls", "Requests that runs answered.", "function")
 RECALCULATION_CPU = _counter("recalculation_cpu_seconds", "CPU time of runs.", "function", unit="s")
 RECALCULATION_SECONDS = _histogram("recalculation_seconds", "Duration of a run.", "function", buckets=LAG_SECONDS)
 RECALCULATION_WAIT = _histogram("recalculation_wait_seconds", "From the first request to its run.", "function", buckets=LAG_SECONDS)
+RECALCULATIONS_DUE = _gauge("recalculations_due", "Keys that are due and that nobody calculates.", "function", across="livemostrecent")
+RECALCULATION_OVERDUE = _gauge(
+    "recalculation_overdue_seconds", "How long the longest overdue key is due.", "function", unit="s", across="livemostrecent"
+)
 CPU_IN_USE = _gauge("cpu_in_use_ratio", "Share of the CPU in use, as the governor sees it.", across="livemax")
 LOOP_LAG = _gauge("loop_lag_seconds", "Lateness of the event loop, smoothed.", unit="s", across="livemax")
 GOVERNOR_SHARE = _gauge(
@@ -279,6 +330,11 @@ def _recalculated(event: Recalculated) -> Iterator[Sample]:
         yield RECALCULATION_WAIT, function, event.waited_seconds
 
 
+def _recalculations_due(event: RecalculationsDue) -> Iterator[Sample]:
+    yield RECALCULATIONS_DUE, (event.function,), event.keys
+    yield RECALCULATION_OVERDUE, (event.function,), event.overdue_seconds
+
+
 def _governed(event: Governed) -> Iterator[Sample]:
     yield CPU_IN_USE, (), event.cpu
     yield LOOP_LAG, (), event.lag_seconds
@@ -299,15 +355,21 @@ TABLE: Final[dict[type[Any], Reading]] = {
     Published: Reading(_published),
     Applied: Reading(_applied),
     Behind: Reading(_behind),
+    PartitionOpen: Reading(_partition_open),
     Retried: Reading(_retried),
     Happened: Reading(_happened),
     LaneUsed: Reading(_lane),
     HotspotsUsed: Reading(_hotspots, (HOT_RATE,)),
     GrayRouted: Reading(_gray_routed),
     GrayRules: Reading(_gray_rules),
+    GrayRulesRead: Reading(_gray_rules_read),
+    PromotionsWaiting: Reading(_promotions_waiting),
     Compared: Reading(_compared),
+    DiscrepanciesOpen: Reading(_discrepancies),
+    ComparisonsOverdue: Reading(_comparisons_overdue),
     Triggered: Reading(_triggered),
     Recalculated: Reading(_recalculated),
+    RecalculationsDue: Reading(_recalculations_due),
     Governed: Reading(_governed),
     Alerting: Reading(_alerting),
 }

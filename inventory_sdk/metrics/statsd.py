@@ -14,6 +14,7 @@ import socket
 from threading import Lock
 from typing import Final
 
+from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.metrics.events import Event
 from inventory_sdk.metrics.series import Series
 from inventory_sdk.metrics.sink import SeriesSink, Write
@@ -27,11 +28,15 @@ _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_./-]")
 
 
 class StatsdMetrics(SeriesSink):
-    """A sink. ``host`` is looked up once, here. ``prefix`` stands before every name; ``tags``: labels as tags, or in the name."""
+    """A sink. ``host`` is looked up once, here (``InvalidOperation`` where it has no address). ``prefix`` stands before every name;
+    ``tags``: labels as tags, or in the name."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 8125, *, prefix: str = "inventory", tags: bool = True) -> None:
         super().__init__()
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        except OSError as error:
+            raise InvalidOperation("host", host, f"of StatsdMetrics can't be looked up ({error}): name the agent by its address") from error
         self.dropped = 0
         self._socket = socket.socket(family, kind, protocol)
         self._socket.setblocking(False)
@@ -84,9 +89,10 @@ class StatsdMetrics(SeriesSink):
 
         return line
 
-    def ended(self, series: Series, labels: tuple[str, ...]) -> None:
-        """StatsD goes on sending a gauge's last value: that is 0 then."""
-        self.opened(series, labels)(0)
+    def ended(self, series: Series, labels: tuple[str, ...]) -> bool:
+        """StatsD goes on sending a gauge's last value: that is 0 then, said once."""
+        self._writes[series, labels](0)
+        return False
 
     def _send(self, packet: list[bytes]) -> None:
         try:

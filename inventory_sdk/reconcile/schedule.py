@@ -11,8 +11,8 @@ from typing import Final
 
 from inventory_sdk.beside import Ground
 from inventory_sdk.errors import DurabilityNotReached, Overloaded
-from inventory_sdk.metrics.events import Retried
-from inventory_sdk.reconcile.model import Reconcile
+from inventory_sdk.metrics.events import ComparisonsOverdue, DiscrepanciesOpen, Retried
+from inventory_sdk.reconcile.model import Cause, Reconcile
 from inventory_sdk.reconcile.sinks.sql import register_of
 from inventory_sdk.sync.backoff import Backoff, waited
 
@@ -23,6 +23,8 @@ MEMORY: Final = "reconcile"
 LEASE: Final = 30.0
 LONGEST: Final = 30.0
 """Seconds between looks at what is due."""
+SCOPES: Final = {"whole": "everything", "touched": "what"}
+"""What the metrics call them."""
 
 Compare = Callable[[bool], Awaitable[object]]
 """Everything (True), or what was touched since the last run."""
@@ -39,6 +41,7 @@ class Schedule:
         self._register = register_of(ground)
         self._key = f"{ground.namespace}:reconcile:lease"
         self._token = secrets.token_hex(8)
+        self._due_at: dict[str, float] = {}
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Until the worker stops; a comparison under way is given up then, and begun anew by whoever comes next."""
@@ -49,6 +52,7 @@ class Schedule:
                 backoff.reset()
             except Exception as error:  # noqa: BLE001 - a server is away, or the ledger is behind: nothing is half done
                 pause = backoff.delay()
+                self._tell_overdue()
                 reason = type(error).__name__
                 self._ground.metrics.record(Retried("reconcile", reason))
                 level = logging.INFO if isinstance(error, Overloaded | DurabilityNotReached) else logging.WARNING
@@ -59,19 +63,32 @@ class Schedule:
         """What is due, or in how many seconds something is. The clocks of the first run begin with the first worker."""
         times = await self._register.remembered(MEMORY)
         now = time.time()
-        intervals = {"whole": self._settings.whole_every, "touched": self._settings.every}
-        fresh = {name: now for name in intervals if name not in times}
+        fresh = {name: now for name in SCOPES if name not in times}
         if fresh:
             await self._register.remember(MEMORY, {**fresh, **times})
             times = {**fresh, **times}
-        waits = {name: float(times[name]) + every - now for name, every in intervals.items() if every is not None}
+        intervals = {"whole": self._settings.whole_every, "touched": self._settings.every}
+        self._due_at = {name: float(times[name]) + every for name, every in intervals.items() if every is not None}
+        self._tell_overdue()
+        waits = {name: at - now for name, at in self._due_at.items()}
         for name, wait in waits.items():
             if wait <= 0:
                 return name, 0.0
         return None, min(LONGEST, *waits.values(), LONGEST)
 
+    def _tell_overdue(self) -> None:
+        """As far as is known here: while the ledger is away, what was due goes on being so."""
+        if self._due_at:
+            now = time.time()
+            self._ground.metrics.record(ComparisonsOverdue({SCOPES[name]: max(0.0, now - at) for name, at in self._due_at.items()}))
+
+    async def _tell_open(self) -> None:
+        """By every worker: what one alone had told would stand where another has compared since, or a person has corrected."""
+        self._ground.metrics.record(DiscrepanciesOpen(dict.fromkeys(map(str, Cause), 0) | await self._register.counted()))
+
     async def _round(self, stopping: asyncio.Event) -> float:
         await self._catch_up()
+        await self._tell_open()
         what, wait = await self._due()
         if what is None:
             return wait
@@ -93,6 +110,7 @@ class Schedule:
         try:
             while not work.done() and not stop.done():
                 await asyncio.wait({work, stop}, timeout=LEASE / 3, return_when=asyncio.FIRST_COMPLETED)
+                self._tell_overdue()
                 if not work.done() and not stop.done() and not await self._lease("keep"):
                     log.warning("another worker has taken the comparison over")
                     return

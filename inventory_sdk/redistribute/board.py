@@ -93,6 +93,11 @@ class Board:
         due, later = await self._run("peek", [self._due], [most])
         return [key.decode() for key in due], None if later < 0 else later / 1000
 
+    async def overdue(self) -> tuple[int, float]:
+        """Keys that are due and that nobody calculates, and seconds since the first of them is."""
+        keys, since = await self._run("overdue", [self._due], [])
+        return keys, since / 1000
+
     async def claim(self, keys: Sequence[str], lease: float) -> list[Claim]:
         """Those of ``keys`` that are ours now."""
         replies = await self._run("claim", [self._due, self._counts, *(self._state + key for key in keys)], [_ms(lease), *keys])

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from inventory_sdk.beside import Ground, Job
 from inventory_sdk.errors import InventoryError, NotStarted, RecalculationFailed
-from inventory_sdk.metrics.events import Retried
+from inventory_sdk.metrics.events import RecalculationsDue, Retried
 from inventory_sdk.redistribute.asking import FAULTS, Requests, Waiting
 from inventory_sdk.redistribute.board import Board, Counts
 from inventory_sdk.redistribute.budget import Budget
@@ -191,6 +191,11 @@ class Here:
             for trigger, counts in (await desk.board.counted()).items():
                 self.counts[trigger, desk.function.name] = counts
 
+    async def tell_due(self) -> None:
+        """Say what waits although it is due, whoever's it is to run."""
+        for desk in list(self.desks.values()):
+            self._ground.metrics.record(RecalculationsDue(desk.function.name, *await desk.board.overdue()))
+
     def somebody_waits(self) -> None:
         """Outcomes of other processes are looked for from now on."""
         self._waits.set()
@@ -244,10 +249,11 @@ class Here:
                         self._ground.metrics.record(Retried("redistribution", type(error).__name__))
 
     async def _refresh(self) -> None:
-        """Keep the triggers' counts fresh."""
+        """Keep the triggers' counts fresh, and tell what is overdue."""
         while True:
             try:
                 await self.count()
+                await self.tell_due()
             except FAULTS as error:
                 self._ground.metrics.record(Retried("redistribution", type(error).__name__))
             await asyncio.sleep(REFRESH)

@@ -263,7 +263,7 @@ class Engine:
         error = task.exception()
         if error is not None:
             log.error("%s failed: %s", task.get_name(), error, exc_info=error)
-            self.metrics.record(Happened("background_failed", {"what": task.get_name()}))
+            self.metrics.record(Happened("background_failed", {"task": task.get_name().partition(" of ")[0]}))
 
     async def close(self) -> None:
         """Drains, then closes the connections: nobody may use them any more, the worker's upkeep neither."""

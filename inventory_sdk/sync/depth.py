@@ -1,11 +1,12 @@
-"""How far the ledger is behind the journal, looked at from outside: a follower that is stuck would not say so itself."""
+"""How far the ledger is behind the journal, and whether a partition sells, looked at from outside: a follower that is stuck would not
+say so itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
 
-from inventory_sdk.metrics.events import Behind
+from inventory_sdk.metrics.events import Behind, PartitionOpen
 from inventory_sdk.stock.journal import UnreadableEntry, decode
 from inventory_sdk.sync.backoff import waited
 from inventory_sdk.sync.parts import Parts
@@ -16,7 +17,7 @@ COUNTED: Final = 300
 
 
 class Depth:
-    """Reports ``Behind`` of each partition; several workers report the same."""
+    """Reports ``PartitionOpen`` and ``Behind`` of each partition; several workers report the same."""
 
     def __init__(self, parts: Parts, partitions: Sequence[int], *, period: float = PERIOD) -> None:
         self._parts = parts
@@ -41,11 +42,14 @@ class Depth:
             await waited(parts.stopping, pause)
 
     async def look(self, partition: int) -> Behind | None:
-        """None while the partition is not open: how much is behind then is the recovery's to say."""
+        """None while the partition is of another epoch than the ledger: how much is behind then is the recovery's to say."""
         parts = self._parts
         row = await parts.ledger.partition(partition)
         state = await parts.stock_side.journal_state(partition)
-        if row is None or state.epoch != row.epoch:
+        same = row is not None and state.epoch == row.epoch
+        if row is not None:  # without one it was never started
+            parts.metrics.record(PartitionOpen(partition, same and state.state == row.state == "open"))
+        if row is None or not same:
             return None
         oldest = state.oldest_kept_sequence
         kept = 0 if oldest is None else state.sequence - oldest + 1

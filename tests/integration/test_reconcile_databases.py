@@ -162,7 +162,9 @@ async def test_one_subject_has_one_row_however_many_find_it_at_once(inventory: I
     again = await ledger.register.keep([*rows, NewRow("m", "more", "rejected", "stock\x1fm\x1fmore")])
     assert [new for _, new in first] == [True] * 20
     assert [(row.number, new) for row, new in again[:20]] == [(row.number, False) for row, _ in first]
+    assert await ledger.register.counted() == {"manual_redis": 20, "rejected": 1}
     assert await ledger.register.gone([row.number for row, _ in first]) == 20
+    assert await ledger.register.counted() == {"rejected": 1}
     assert [new for _, new in await ledger.register.keep(rows)] == [True] * 20
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
+from redis.exceptions import ResponseError
 
 from inventory_sdk import InsufficientStock, InvalidOperation, Inventory, InventoryError, Line, NotStarted
 from inventory_sdk.alerts import (
@@ -29,6 +31,7 @@ from inventory_sdk.alerts import (
 )
 from inventory_sdk.alerts.rules import Available, Count, Counting, Finding, Sums
 from inventory_sdk.metrics import Alerting, Applied, Behind, Event, Happened, LaneUsed, Retried
+from inventory_sdk.model import JournalEntry
 
 BEGIN = 1_700_000_000.0
 
@@ -521,6 +524,277 @@ async def test_counts_leave_redis_by_themselves() -> None:
         assert all([0 < await client.ttl(key) <= 3700 for key in keys])
 
 
+# Rules that are broken -----------------------------------------------------------------------------------------------------------------
+
+
+class Broken(Counting):
+    """Fails wherever it is asked."""
+
+    def on_event(self, event: Event) -> Iterator[Count]:
+        raise KeyError("event")
+
+    def on_answer(self, merchant: str, accepted: bool) -> Iterator[Count]:
+        yield Count(merchant, "half", 0.5)  # type: ignore[arg-type]
+
+    def on_applied(self, entry: JournalEntry) -> Iterator[Count]:
+        raise KeyError("applied")
+
+    async def judge(self, sums: Mapping[str, Sums], available: Available) -> list[Finding]:
+        return [("only", "two")]  # type: ignore[list-item]
+
+
+async def test_a_rule_that_can_not_count_hurts_neither_sales_nor_ledger_nor_the_other_rules(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with opened(Shop(Broken(name="broken"), RefusalRatio(above=0.1, at_least=10))) as shop:
+        await shop.inventory.stock.restock([Line("a", 4)], operation_id="in")
+        assert await sell(shop.inventory, "a", 10) == 6
+        await shop.inventory.settled()
+        assert await shop.round() == [("refusal_ratio", "firing")]
+        sums = await shop.alerts._tally.sums(shop.alerts._client(), shop.alerts._rules.values(), shop.now)
+        assert dict(sums["refusal_ratio"]["default"].parts) == {"accepted": 4, "refused": 6}
+        assert sums["broken"] == {}
+    assert shop.facts.retried() == {"rule_broken"}  # half a unit was never sent to Redis, which would refuse it
+    assert "alert rule broken failed to count (2 times by now)" in caplog.text
+
+
+async def test_a_rule_that_never_answers_is_given_up_and_the_others_are_judged(
+    found: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hangs(Wrong):
+        async def judge(self, sums: Mapping[str, Sums], available: Available) -> list[Finding]:
+            if "hang" in self.found:
+                await asyncio.Event().wait()
+            return await Wrong.judge(self, sums, available)
+
+    monkeypatch.setattr("inventory_sdk.alerts.alerts.RULE_TIMEOUT", 0.05)
+    async with opened(Shop(Hangs(name="hangs"), Wrong(name="wrong"))) as shop:
+        found["x"] = 1
+        assert await shop.round() == [("hangs", "firing"), ("wrong", "firing")]
+        found["hang"] = 1
+        assert await shop.round() == [("wrong", "firing")]
+        assert "rule_hangs" in shop.facts.retried()
+        assert shop.facts.firing() == {"hangs": 1, "wrong": 2}
+
+
+async def test_whatever_a_round_fails_of_the_worker_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(Shop(Drift(), redis=FakeAsyncRedis())) as shop:  # without a worker of its own
+        rounds = 0
+        stopping = asyncio.Event()
+
+        async def elected(ground: object) -> bool:
+            return True
+
+        async def judge() -> None:
+            nonlocal rounds
+            rounds += 1
+            if rounds == 3:
+                stopping.set()
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("inventory_sdk.alerts.alerts.PERIOD", 0.001)
+        monkeypatch.setattr(shop.alerts, "_elected", elected)
+        monkeypatch.setattr(shop.alerts, "judge", judge)
+        await shop.alerts._judge_on(shop.alerts._ground(), stopping)
+        assert rounds == 3
+        assert "ZeroDivisionError" in shop.facts.retried()
+
+
+async def test_a_rule_that_is_watched_no_more_is_over_for_those_who_were_told(found: dict[str, float]) -> None:
+    server = FakeServer()
+    one = Shop(Wrong(name="wrong"), Wrong(name="old"), redis=FakeAsyncRedis(server=server))
+    two = Shop(Wrong(name="wrong"), redis=FakeAsyncRedis(server=server))
+    found["x"] = 1
+    async with opened(one):
+        await one.inventory.create_schema()
+        assert await one.round() == [("wrong", "firing"), ("old", "firing")]
+    two.now = one.now
+    two.inventory._servers, two.inventory._ledger_part = one.inventory._servers, one.inventory._ledger_part
+    async with opened(two):
+        assert await two.round() == [("old", "resolved")]
+        assert await two.round() == []
+        assert [alert.rule for alert in await two.alerts.firing()] == ["wrong"]
+
+
+# Clocks, restarts, a Redis that takes nothing ---------------------------------------------------------------------------------------------
+
+
+async def test_the_time_for_which_it_was_found_goes_on_over_restarts(found: dict[str, float]) -> None:
+    server = FakeServer()
+    rule = Wrong(name="wrong", hold=60)
+    one, two = (Shop(rule, redis=FakeAsyncRedis(server=server)) for _ in range(2))
+    found["x"] = 1
+    async with opened(one):
+        await one.inventory.create_schema()
+        assert await one.round() == []
+        began = one.now
+    two.now = one.now + 40
+    two.inventory._servers, two.inventory._ledger_part = one.inventory._servers, one.inventory._ledger_part
+    async with opened(two):
+        assert await two.round(15) == []
+        assert await two.round(5) == [("wrong", "firing")]
+        assert two.heard.alerts[0].since == began
+        assert await two.round() == []
+
+
+async def test_a_clock_that_goes_back_makes_nothing_begin_later_and_no_silence_longer(found: dict[str, float]) -> None:
+    async with opened(Shop(Wrong(name="wrong", hold=60), Wrong(name="other"))) as shop:
+        await shop.alerts.silence(600, rule="other")
+        found["x"] = 1
+        assert await shop.round() == []
+        shop.now -= 3600
+        assert await shop.round() == [("other", "firing")]  # the silence is not in force before it was made
+        assert await shop.round(55) == []
+        assert await shop.round(5) == [("wrong", "firing")]
+        shop.now -= 3600
+        assert await shop.round() == []
+        found.clear()
+        assert sorted(await shop.round()) == [("other", "resolved"), ("wrong", "resolved")]
+
+
+async def test_time_is_that_of_redis_so_no_process_clock_counts() -> None:
+    async with opened(Shop(Drift())) as shop:
+        shop.alerts.clock = None
+        client = shop.alerts._client()
+        before, now, after = await client.time(), await shop.alerts._now(shop.alerts._ground()), await client.time()
+        assert before[0] + before[1] / 1e6 <= now <= after[0] + after[1] / 1e6
+
+
+async def test_while_redis_takes_no_writes_nobody_is_told_twice_and_the_end_is_told(
+    found: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(Shop(Wrong(name="wrong"))) as shop:
+        client = shop.alerts._client()
+
+        async def full(*_: object, **__: object) -> None:
+            raise ResponseError("OOM command not allowed when used memory > 'maxmemory'.")
+
+        monkeypatch.setattr(client, "hset", full)
+        found["x"] = 1
+        for expected in ([("wrong", "firing")], [], []):
+            before = len(shop.heard.alerts)
+            with pytest.raises(ResponseError):
+                await shop.round()
+            assert shop.heard.said()[before:] == expected
+        monkeypatch.undo()
+        assert await shop.round() == []
+        assert [alert.subject for alert in await shop.alerts.firing()] == ["x"]
+        found.clear()
+        assert await shop.round() == [("wrong", "resolved")]
+
+
+async def test_the_judge_stays_in_office_while_redis_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    shop = Shop(Drift(), redis=FakeAsyncRedis())
+    client = FakeAsyncRedis()
+    ground: Any = type("Ground", (), {"client": client, "metrics": shop.facts})
+    assert await shop.alerts._elected(ground)
+
+    async def full(*_: object, **__: object) -> None:
+        raise ResponseError("OOM command not allowed when used memory > 'maxmemory'.")
+
+    monkeypatch.setattr(client, "set", full)
+    assert await shop.alerts._elected(ground)
+
+
+async def test_what_can_not_be_read_is_forgotten_and_the_rest_goes_on(found: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
+    async with opened(Shop(Wrong(name="wrong"))) as shop:
+        client = shop.alerts._client()
+        for name in ("state", "silences"):
+            await client.hset(f"inventory:alerts:{name}", mapping={"a": "{", "b": "[1]", "c": '["r", null, "soon", "", ""]'})
+        found["x"] = 1
+        assert await shop.round() == [("wrong", "firing")]
+        assert await client.hkeys("inventory:alerts:state") == [b"wrong\x1fx"]
+        assert await client.hkeys("inventory:alerts:silences") == []
+    assert "can't be read and is forgotten" in caplog.text
+
+
+async def test_silences_that_are_over_leave_redis() -> None:
+    async with opened(Shop(Drift())) as shop:
+        kept = await shop.alerts.silence(60)
+        await shop.alerts.silence(10)
+        await shop.round(20)
+        assert await shop.alerts._client().hkeys("inventory:alerts:silences") == [kept.number.encode()]
+
+
+async def test_a_count_that_redis_refuses_does_not_count_the_others_again() -> None:
+    async with opened(Shop(RefusalRatio())) as shop:
+        client = shop.alerts._client()
+        await client.hset(f"inventory:alerts:counts:{int(BEGIN + 5) // 10}", "refusal_ratio\x1fm1\x1eaccepted", "none")
+        shop.alerts.answered("m1", True)
+        shop.alerts.answered("m2", True)
+        for _ in range(3):
+            shop.now = BEGIN + 5
+            await shop.alerts._push(shop.alerts._ground())
+        assert "ResponseError" in shop.facts.retried()
+        counted = await client.hgetall(f"inventory:alerts:counts:{int(BEGIN + 5) // 10}")
+        assert counted[b"refusal_ratio\x1fm2\x1eaccepted"] == b"1"
+        assert shop.alerts._tally._waiting == Counter({("refusal_ratio", "m1", "accepted"): 1})
+
+
+async def test_a_flood_of_names_between_two_pushes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inventory_sdk.alerts.tally.COUNTED", 10)
+    async with opened(Shop(RefusalRatio())) as shop:
+        for number in range(1000):
+            shop.alerts.answered(f"m{number}", False)
+            shop.alerts.answered("m1", False)
+        assert len(shop.alerts._tally._waiting) == 10
+        assert shop.alerts._tally._waiting["refusal_ratio", "m1", "refused"] == 1001
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    asked: list[str] = []  # noqa: RUF012  # the server makes a handler for each request
+
+    def do_POST(self) -> None:  # http.server's name
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(302)
+        self.send_header("Location", "/login")
+        self.end_headers()
+
+    def do_GET(self) -> None:  # http.server's name
+        self.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # http.server's name
+        """Nothing."""
+
+
+async def test_a_webhook_that_sends_us_elsewhere_was_not_told(found: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Elsewhere, "asked", [])
+    server = HTTPServer(("127.0.0.1", 0), Elsewhere)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        async with opened(Shop(Wrong(name="wrong"), sinks=[Webhook(f"http://127.0.0.1:{server.server_port}/alerts")])) as shop:
+            found["x"] = 1
+            await shop.round()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert shop.facts.retried() == {"sink_HTTPError"}
+    assert Elsewhere.asked == []
+
+
+async def test_a_webhook_that_hangs_keeps_four_threads_of_its_own_and_nobody_else_waiting(
+    found: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inventory_sdk.alerts.alerts.SINK_TIMEOUT", 0.2)
+    fine = Heard()
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        hook = Webhook(f"http://127.0.0.1:{hangs.getsockname()[1]}/alerts", timeout=0.4)
+        async with opened(Shop(Wrong(name="wrong"), sinks=[hook, fine])) as shop:
+            found.update(dict.fromkeys("abcdefghij", 1.0))
+            await shop.round()
+            assert len(hook._threads._threads) == 4
+            assert len(fine.alerts) == 10
+            assert shop.facts.retried() == {"sink_TimeoutError"}
+            await shop.round()
+            assert len(fine.alerts) == 10
+    await asyncio.to_thread(hook._threads.shutdown)
+
+
 # What is refused -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -534,6 +808,8 @@ async def test_mistakes_are_named() -> None:
     not_callable: Any = "log"
     with pytest.raises(InvalidOperation, match="sink"):
         inventory.alerts.tell(not_callable)
+    with pytest.raises(InvalidOperation, match="name='two words'"):
+        inventory.alerts.watch(type("Own", (), {"name": "two words", "hold": 0.0, "window": 60.0, "severity": "info"})())
     with pytest.raises(InvalidOperation, match="http"):
         Webhook("ftp://x")
     with pytest.raises(NotStarted):

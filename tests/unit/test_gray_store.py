@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from inventory_sdk.gray import snapshot
 from inventory_sdk.gray.links import change
 from inventory_sdk.gray.rules import Rules
 from inventory_sdk.gray.store import RulesChanged, RulesUnavailable
+from inventory_sdk.metrics import GrayRulesRead
 
 WHO: dict[str, Any] = {"who": "eva", "why": "first merchants"}
 
@@ -248,3 +250,51 @@ async def test_a_cancelled_change_was_made_or_not_and_the_next_one_goes_on(place
         rules = await here.set("checkout", percentage=6, **WHO)
         assert await here.show("checkout") == rules
         assert [each.version for each in await here.history("checkout")] == list(range(rules.version, 0, -1))
+
+
+def ages(metrics: Record) -> list[float]:
+    return [event.age_seconds for event in metrics.events if isinstance(event, GrayRulesRead)]
+
+
+async def test_the_age_of_the_rules_grows_while_redis_can_not_be_read_and_begins_anew_then(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Record()
+    async with links(Places(None), namespace, metrics) as here:
+        watch = watch_of(here)
+        watch._tell_age()
+        assert ages(metrics) == []  # without a link there are no rules to be old
+        await here.set("checkout", percentage=5, **WHO)
+        began = time.monotonic()
+        await watch.load()
+
+        async def away() -> None:
+            raise RulesUnavailable
+
+        with monkeypatch.context() as patch:
+            patch.setattr(watch.store, "load", away)
+            for _ in range(2):
+                watch._read_at -= 30  # half a minute passes
+                with pytest.raises(RulesUnavailable):
+                    await watch.load()
+            watch._tell_age()
+            assert 60 <= ages(metrics)[-1] <= 60 + time.monotonic() - began
+        await watch.load()
+        watch._tell_age()
+        assert 0 <= ages(metrics)[-1] <= time.monotonic() - began
+
+
+async def test_the_age_is_told_by_itself_and_before_what_may_hang(namespace: str) -> None:
+    metrics = Record()
+    async with links(Places(None), namespace, metrics) as here:
+        watch = watch_of(here)
+
+        async def hang() -> None:
+            await asyncio.Event().wait()
+
+        watch.flush = hang  # type: ignore[method-assign]
+        try:
+            await here.set("checkout", percentage=5, **WHO)
+            await until(lambda: ages(metrics))
+        finally:
+            watch.flush = lambda: asyncio.sleep(0)  # type: ignore[method-assign, assignment]

@@ -7,6 +7,7 @@ import logging
 import pytest
 from prometheus_client import CollectorRegistry
 
+from inventory_sdk import Inventory, Line
 from inventory_sdk.metrics import (
     Applied,
     BatchSent,
@@ -155,14 +156,50 @@ class Breaks:
         raise RuntimeError("no disk")
 
 
-def test_a_sink_that_raises_is_logged_once_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+FAILED = Happened("metrics_sink_failed", {"reason": "Breaks"})
+
+
+def test_a_sink_that_raises_hurts_nobody_and_the_others_count_it(caplog: pytest.LogCaptureFixture) -> None:
     before, behind = Keeps(), Keeps()
     fanout = Fanout([before, Breaks(), behind, NoMetrics()])
     with caplog.at_level(logging.ERROR):
-        fanout.record(BATCH)
-        fanout.record(APPLIED)
-    assert before.events == behind.events == [BATCH, APPLIED]
-    assert len(caplog.records) == 1
+        for _ in range(5):
+            fanout.record(BATCH)
+    assert before.events == [BATCH, FAILED] * 5
+    assert behind.events == [FAILED, BATCH] * 5
+    assert fanout.failures == [0, 5, 0, 0]
+    assert len(caplog.records) == 3  # the first, the second, the fourth
+    assert "Breaks failed (4 times by now)" in caplog.text
+
+
+def test_two_sinks_that_raise_do_not_tell_each_other_for_ever() -> None:
+    kept = Keeps()
+    fanout = Fanout([Breaks(), kept, Breaks()])
+    fanout.record(BATCH)
+    assert kept.events == [FAILED, BATCH, FAILED]
+    assert fanout.failures == [2, 0, 2]
+
+
+async def test_a_sale_goes_on_beside_sinks_that_raise(registry: CollectorRegistry) -> None:
+    async with Inventory("memory://", metrics=[Breaks(), PrometheusMetrics(registry)]) as inventory:
+        await inventory.stock.restock([Line("a", 3)], operation_id="in")
+        receipt = await inventory.stock.deduct([Line("a", 2)])
+        await inventory.settled(receipt)
+        assert (await inventory.stock.level("a")).available == 1
+    counted = registry.get_sample_value("inventory_events_total", {"name": "metrics_sink_failed", "partition": "", "reason": "Breaks"})
+    assert counted is not None
+    assert counted >= 2
+
+
+def test_what_one_inventory_has_hot_does_not_go_when_it_cools_in_another(registry: CollectorRegistry) -> None:
+    one, two = PrometheusMetrics(registry), PrometheusMetrics(registry)
+    for sink in (one, two):
+        sink.record(HotspotsUsed(1, 0, 0, 1, (), {}, {}, [("m1", "a", 100.0)]))
+    one.record(HotspotsUsed(0, 0, 0, 1, (), {}, {}, ()))
+    two.record(HotspotsUsed(1, 0, 0, 1, (), {}, {}, [("m1", "a", 90.0)]))
+    assert registry.get_sample_value("inventory_hotspot_rate", {"merchant": "m1", "sku": "a"}) == 90.0
+    two.record(HotspotsUsed(0, 0, 0, 1, (), {}, {}, ()))
+    assert registry.get_sample_value("inventory_hotspot_rate", {"merchant": "m1", "sku": "a"}) is None
 
 
 def test_a_gray_link_is_counted_by_side_and_shown_by_its_rules(registry: CollectorRegistry) -> None:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError, Thread
 from typing import Any
 
 import pytest
@@ -17,9 +19,23 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import CollectorRegistry
 
-from inventory_sdk import Inventory, Line
+from inventory_sdk import InvalidOperation, Inventory, Line
 from inventory_sdk.metrics import Alerting, Applied, BatchSent, Behind, Event, Fanout, Happened, LaneUsed, Published, Retried
-from inventory_sdk.metrics.events import Compared, Governed, GrayRouted, GrayRules, HotspotsUsed, Recalculated, Triggered
+from inventory_sdk.metrics.events import (
+    Compared,
+    ComparisonsOverdue,
+    DiscrepanciesOpen,
+    Governed,
+    GrayRouted,
+    GrayRules,
+    GrayRulesRead,
+    HotspotsUsed,
+    PartitionOpen,
+    PromotionsWaiting,
+    Recalculated,
+    RecalculationsDue,
+    Triggered,
+)
 from inventory_sdk.metrics.opentelemetry import OpenTelemetryMetrics
 from inventory_sdk.metrics.prometheus import PrometheusMetrics
 from inventory_sdk.metrics.series import TABLE, Reading, Series, all_series
@@ -32,14 +48,20 @@ EXAMPLES: list[Event] = [
     Published(0, 0.1, failed="unconfirmed"),
     Applied(0, 3, 41, 500, 2, 1, 4, 0.2, 0.03),
     Behind(0, 7, 80, 1.5, 300),
+    PartitionOpen(0, True),
     Retried("ledger", "deadlock"),
     Happened("frozen", {"partition": "0", "why": "meta_missing"}),
     LaneUsed("core", 3, 2, 1, 40, 1, (0.002, 0.03), {"queue_full": 5}),
     HotspotsUsed(2, 1, 0, 9, (0.01,), {"waited": 2}, {"granted": 3}, (("m1", "sku-1", 120.0),)),
     GrayRouted("checkout", "candidate", 5, 1, 0.25),
     GrayRules("checkout", 7, 12.5, True, False),
+    GrayRulesRead(3.5),
+    PromotionsWaiting(2, 1),
     Compared("everything", 1000, 5, {"went_back": 2}, 1.5),
+    DiscrepanciesOpen({"went_back": 3}),
+    ComparisonsOverdue({"everything": 0.0, "what": 12.5}),
     Triggered("recount", {"shop_saved": 3}),
+    RecalculationsDue("recount", 4, 2.5),
     Recalculated("recount", "done", 0.5, 0.2, 3, 0.1),
     Governed(0.7, 0.01, {"redistribution": 0.5}),
     Alerting({"drift": 2}),
@@ -203,6 +225,57 @@ def test_a_flood_of_label_values_ends_up_in_one_row(bench: Bench) -> None:
     assert bench.found("retries", {"what": "redis", "reason": f"reason{MOST + 1}"}) is None
 
 
+def test_a_flood_of_hot_skus_leaves_few_rows_whether_or_not_the_system_can_forget_them(bench: Bench) -> None:
+    for number in range(0, 3 * MOST, TOP):
+        top = [("m1", f"sku-{number + place}", 100.0 - place) for place in range(TOP)]
+        bench.sink.record(HotspotsUsed(TOP, 0, 0, 1, (), {}, {}, top))
+        if number % (20 * TOP) == 0:
+            bench.found("hotspot_rate", {})  # an agent's socket holds a few hundred packets
+    rows = [row for row in bench.sink._writes if row[0].name == "hotspot_rate"]
+    assert TOP <= len(rows) <= MOST + 1
+    bench.sink.record(HotspotsUsed(0, 0, 0, 0, (), {}, {}, ()))
+    for series, labels in rows:
+        assert not bench.found(series.name, dict(zip(series.labels, labels, strict=True)))
+
+
+def test_an_agent_of_statsd_sees_few_names_however_many_skus_were_hot() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as agent:
+        agent.bind(("127.0.0.1", 0))
+        agent.setblocking(False)
+        sink = StatsdMetrics(*agent.getsockname())
+        names: set[bytes] = set()
+        for number in range(0, 3 * MOST, TOP):
+            sink.record(HotspotsUsed(TOP, 0, 0, 1, (), {}, {}, [("m1", f"sku-{number + place}", 1.0) for place in range(TOP)]))
+            with suppress(BlockingIOError):
+                while True:
+                    lines = agent.recv(65_536).splitlines()
+                    names |= {line.partition(b"|#")[2] for line in lines if line.startswith(b"inventory.hotspot_rate:")}
+        sink.close()
+    assert MOST <= len(names) <= MOST + 1
+
+
+def test_rows_are_opened_once_however_many_threads_write() -> None:
+    class Slow(SeriesSink):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = Barrier(2)
+            self.opened_rows: list[tuple[str, ...]] = []
+
+        def opened(self, series: Series, labels: tuple[str, ...]) -> Callable[[float], None]:
+            self.opened_rows.append(labels)
+            with suppress(BrokenBarrierError):
+                self.both.wait(0.2)  # for another thread to come in here as well; it must not
+            return lambda _: None
+
+    sink = Slow()
+    threads = [Thread(target=sink.record, args=(Retried("redis", "lost"),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sink.opened_rows == [("redis", "lost")]
+
+
 @dataclass(frozen=True)
 class Top:
     rows: dict[str, float]
@@ -252,6 +325,31 @@ def test_an_agent_that_is_away_costs_nothing_but_the_numbers() -> None:
     assert sink.dropped == dropped + 1
 
 
+def test_an_agent_that_comes_back_is_told_again() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as agent:
+        agent.bind(("127.0.0.1", 0))
+        place = agent.getsockname()
+    sink = StatsdMetrics(*place)
+    for _ in range(5):
+        sink.record(Retried("redis", "lost"))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as agent:
+        agent.bind(place)
+        agent.settimeout(5)
+        sink.record(Retried("redis", "first"))  # the kernel may still report the refusal of the last one instead
+        sink.record(Retried("redis", "second"))
+        assert agent.recv(2000).startswith(b"inventory.retries:1|c|#what:redis,reason:")
+    sink.close()
+
+
+def test_an_agent_without_an_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    with pytest.raises(InvalidOperation, match=r"host='agent.invalid'.*not known"):
+        StatsdMetrics("agent.invalid")
+
+
 async def test_an_inventory_tells_all_of_its_sinks_the_same() -> None:
     benches = [(generator := make(), next(generator)) for make in SINKS]
     async with Inventory("memory://", metrics=[each.sink for _, each in benches]) as inventory:
@@ -271,12 +369,16 @@ def test_the_sinks_work_behind_a_fanout_one_by_one() -> None:
 PROCESS = """
 import sys
 from prometheus_client import CollectorRegistry
-from inventory_sdk.metrics import Applied, Behind, LaneUsed
+from inventory_sdk.metrics import Applied, Behind, ComparisonsOverdue, HotspotsUsed, LaneUsed
 from inventory_sdk.metrics.prometheus import PrometheusMetrics
 metrics = PrometheusMetrics(CollectorRegistry())
 metrics.record(Applied(0, 3, int(sys.argv[1]), 10, 0, 0, 0, 0.1, 0.01))
 metrics.record(LaneUsed("core", 2, 1, 0, 5, 0, (0.2,), {}))
 metrics.record(Behind(0, int(sys.argv[1]), 0, 0.0, 0))
+metrics.record(ComparisonsOverdue({"what": float(sys.argv[1])}))
+for number in range(1200):
+    metrics.record(HotspotsUsed(1, 0, 0, 1, (), {}, {}, [("m1", f"sku-{number}", 5.0)]))
+metrics.record(HotspotsUsed(1, 0, 0, 1, (), {}, {}, [("m1", "sku-7", 9.0)]))
 print("recorded", flush=True)
 sys.stdin.read()
 """
@@ -306,10 +408,39 @@ def test_processes_of_one_service_add_up_in_prometheus_multiprocess_mode(tmp_pat
         assert 'inventory_lane_running{lane="core"} 4.0' in shown
         assert 'inventory_lane_wait_seconds_count{lane="core"} 2.0' in shown
         assert 'inventory_applied_epoch{partition="0"} 3.0' in shown
+        assert 'inventory_comparison_overdue_seconds{scope="what"} 40.0' in shown
+        assert 'inventory_hotspot_rate{merchant="m1",sku="sku-7"} 9.0' in shown
+        assert shown.count("\ninventory_hotspot_rate{") <= MOST + 1
+        assert shown.count('inventory_hotspot_rate{merchant="m1",') - shown.count("} 0.0\n") <= 1
         assert "pid=" not in shown
+        # The second one dies without a word. What it did stays counted; what it was at is over once its end was noted.
+        workers[1].kill()
+        workers[1].wait()
+        bury = f"from prometheus_client import multiprocess; multiprocess.mark_process_dead({workers[1].pid})"
+        subprocess.run([sys.executable, "-c", bury], env=environment, cwd=root, check=True)
+        shown = subprocess.run(scrape, env=environment, cwd=root, capture_output=True, text=True, check=True).stdout
+        assert 'inventory_operations_applied_total{partition="0"} 20.0' in shown
+        assert 'inventory_lane_running{lane="core"} 2.0' in shown
+        assert 'inventory_behind_entries{partition="0"} 41.0' in shown
+        assert 'inventory_comparison_overdue_seconds{scope="what"} 41.0' in shown
     finally:
         for worker in workers:
             worker.communicate(b"")
+
+
+def test_with_opentelemetrys_api_alone_everything_is_taken_and_goes_nowhere() -> None:
+    lines = [
+        "import sys",
+        "sys.modules['opentelemetry.sdk'] = None",
+        "from inventory_sdk.metrics.events import *",
+        "from inventory_sdk.metrics.opentelemetry import OpenTelemetryMetrics",
+        "sink = OpenTelemetryMetrics()",
+        f"for event in {EXAMPLES!r}:",
+        "    sink.record(event)",
+        "print('taken')",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("taken\n", "")
 
 
 def test_without_opentelemetry_the_sink_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ RUN_BOOK = (Path(__file__).resolve().parents[2] / "docs/operations/monitoring.md
 
 
 class Case(NamedTuple):
-    """Series by the minute, in promtool's notation, and the minutes at which the alert is still quiet, fires, and has resolved."""
+    """Series by the minute, in promtool's notation, and the minutes at which the alert is still quiet, fires, and has resolved. Never
+    (0): it must not fire of this, at no minute up to ``quiet``."""
 
     series: dict[str, str]
     quiet: int
@@ -48,8 +49,11 @@ def slow(name: str, labels: str, bound: str, above: str, fires: int) -> list[Cas
 
 BURST = "0x10 60+60x20 1260x30"
 STEADY = "0+600x70"
+LONG = "0x10 60+60x50 3060x60"
+RETRIED_LEDGER = 'inventory_retries_total{what="ledger", reason="deadlock"}'
+OWN_RETRIES = 'inventory_retries_total{what="alerts", reason="ConnectionError"}'
 CASES: dict[str, list[Case]] = {
-    "InventoryNoWorker": [Case({'inventory_behind_entries{partition="0"}': "0x5 _x15 0x30"}, 4, 15, 25)],
+    "InventoryNoWorker": [Case({'inventory_partition_open{partition="0"}': "1x5 _x15 1x30"}, 4, 15, 25)],
     "InventoryLedgerBehind": [Case({'inventory_behind_seconds{partition="0"}': "0x5 60x5 0x10"}, 4, 9, 14)],
     "InventoryLedgerFarBehind": [Case({'inventory_behind_seconds{partition="0"}': "60x5 400x5 0x10"}, 4, 9, 14)],
     "InventoryJournalFilling": [Case({'inventory_journal_entries{partition="0"}': "1000x5 600000x10 1000x10"}, 4, 14, 20)],
@@ -57,23 +61,48 @@ CASES: dict[str, list[Case]] = {
     "InventoryDuplicates": happening("duplicate"),
     "InventoryFrozen": happening("frozen", ', partition="0", reason="meta_missing"'),
     "InventoryNotRecovered": [
-        Case(
-            {
-                'inventory_events_total{name="frozen", partition="0", reason="went_back"}': "_x10 1x40",
-                'inventory_events_total{name="recovered", partition="0", reason="went_back"}': "_x16 1x40",
-                'inventory_events_total{name="recovered", partition="1", reason="went_back"}': "_x10 1x40",
-            },
-            11,
-            15,
-            18,
-        )
+        Case({'inventory_partition_open{partition="0"}': "1x5 0x10 1x10", 'inventory_partition_open{partition="1"}': "1x25"}, 6, 12, 20),
+        # It stays for as long as it is not open, however long ago that began.
+        Case({'inventory_partition_open{partition="0"}': "1x5 0x120 1x10"}, 6, 120, 130),
     ],
+    "InventoryPartsWait": [
+        Case({'inventory_events_total{name="part_waits", partition="0", reason=""}': "_x10 1+60x15 961x40"}, 15, 24, 45)
+    ],
+    "InventoryQuantityMismatch": happening("mismatch", ', partition="", reason="enforce"'),
     "InventoryLost": happening("lost"),
     "InventoryFork": happening("fork"),
     "InventoryUnreadable": happening("unreadable"),
     "InventoryWritesStockFailed": happening("writes_stock_failed"),
     "InventoryDeadLetter": happening("dead_letter", ', partition="", reason="write_order"'),
+    "InventoryLaterFunctionsRetried": [
+        Case({'inventory_retries_total{what="task", reason="ValueError"}': "0x10 1+1x15 16x40", RETRIED_LEDGER: "0+600x65"}, 8, 20, 45)
+    ],
     "InventoryTaskDied": happening("task_died", ', partition="", reason="inventory-tasks"') + happening("background_failed"),
+    "InventoryDiscrepancyFound": happening("drift", ', partition="", reason="went_back"'),
+    "InventoryDiscrepanciesOpen": [
+        Case(
+            {
+                'inventory_discrepancies_open{cause="went_back"}': "0x5 2x180 0x20",
+                'inventory_discrepancies_open{cause="rejected"}': "0x200",
+            },
+            100,
+            180,
+            195,
+        )
+    ],
+    "InventoryComparisonOverdue": [
+        Case(  # the worker that knows of the newest comparison is right
+            {
+                'inventory_comparison_overdue_seconds{scope="what", instance="a"}': "0x5 3700x20 0x20",
+                'inventory_comparison_overdue_seconds{scope="what", instance="b"}': "9000x10 3700x15 9000x20",
+            },
+            5,
+            20,
+            35,
+        )
+    ],
+    "InventoryComparisonSinkFails": happening("sink_away", ', partition="", reason="elasticsearch"')
+    + happening("sink_refused", ', partition="", reason="elasticsearch"'),
     "InventoryAnnouncementsMissed": happening("announce_failed"),
     "InventoryStaleHolds": happening("stale"),
     "InventoryNotPublished": [
@@ -106,7 +135,65 @@ CASES: dict[str, list[Case]] = {
             {'inventory_lane_deadline_exceeded_total{lane="core"}': BURST, 'inventory_lane_admitted_total{lane="core"}': STEADY}, 8, 22, 45
         )
     ],
+    "InventoryHotKeysRefused": [
+        Case(
+            {'inventory_hotspot_refused_total{reason="predicted_wait"}': LONG, "inventory_hotspot_admitted_total": "0+60x120"}, 20, 45, 90
+        ),
+        # The rush of a sale of ten minutes is no reason to call anybody.
+        Case(
+            {'inventory_hotspot_refused_total{reason="waited"}': "0x5 60+60x5 360x60", "inventory_hotspot_admitted_total": "0+60x70"},
+            15,
+            0,
+            0,
+        ),
+    ],
+    "InventoryHotKeysWait": slow("hotspot_wait_seconds", "", "0.25", "0.5", 38),
+    "InventoryHotKeysAlone": [
+        Case({'inventory_hotspot_alone{instance="a"}': "0x5 2x5 0x10", 'inventory_hotspot_alone{instance="b"}': "0x20"}, 6, 9, 14)
+    ],
+    "InventoryPromotionStuck": [
+        Case({'inventory_promotion_waiting{to="redis"}': "0x5 1x30 0x10", 'inventory_promotion_waiting{to="database"}': "0x45"}, 15, 30, 40)
+    ],
+    "InventoryGrayTakenBack": happening("gray_guard", ', partition="", reason="merchants"')
+    + happening("gray_guard", ', partition="", reason="link"'),
+    "InventoryGrayPaused": [Case({'inventory_gray_paused{link="checkout"}': "0x5 1x60 0x10"}, 30, 50, 70)],
+    "InventoryGrayRulesStale": [
+        Case(
+            {
+                'inventory_gray_rules_age_seconds{instance="a"}': "4x5 10+60x10 2x10",
+                'inventory_gray_rules_age_seconds{instance="b"}': "4x30",
+            },
+            6,
+            14,
+            20,
+        )
+    ],
+    "InventoryGrayRulesUnreadable": happening("gray_unreadable", ', partition="", reason=""'),
+    "InventoryRecalculationsOverdue": [
+        Case({'inventory_recalculation_overdue_seconds{function="recount"}': "0x5 10+60x15 0x10"}, 8, 16, 25)
+    ],
+    "InventoryGovernorSlows": [
+        Case(
+            {
+                'inventory_governor_share_ratio{what="redistribution"}': "1x5 0.1x30 1x10",
+                'inventory_governor_share_ratio{what="batch"}': "1x45",
+            },
+            15,
+            30,
+            40,
+        )
+    ],
+    "InventoryRecalculationsCutOff": happening("recalculation_cut_off", ', partition="", reason="recount"'),
+    "InventoryRecalculationsFail": happening("recalculation_failed", ', partition="", reason="recount"'),
+    "InventoryRecalculationStuck": happening("recalculation_stuck", ', partition="", reason="recount"'),
     "InventoryBusinessAlert": [Case({'inventory_alerts_firing{rule="stock_out"}': "0x5 2x5 0x10"}, 4, 8, 14)],
+    "InventoryAlertsNotTold": [
+        Case({'inventory_retries_total{what="alerts", reason="sink_HTTPError"}': "0x5 12+12x10 132x20", OWN_RETRIES: "0+12x35"}, 4, 12, 25)
+    ],
+    "InventoryAlertRuleFails": [
+        Case({'inventory_retries_total{what="alerts", reason="rule_stock_out"}': "0x5 12+12x10 132x20", OWN_RETRIES: "0+12x35"}, 4, 12, 25)
+    ],
+    "InventoryMetricsSinkFails": happening("metrics_sink_failed", ', partition="", reason="StatsdMetrics"'),
 }
 
 
@@ -127,11 +214,13 @@ def test_every_alert_has_a_case_and_an_entry_in_the_run_book() -> None:
     headings = set(re.findall(r"^#+ (Inventory\w+)$", RUN_BOOK, re.MULTILINE))
     assert headings == set(ALERTS)
     for name, rule in ALERTS.items():
-        assert rule["annotations"]["runbook"] == f"operations/monitoring.md#{name.lower()}"
+        assert list(rule) == ["alert", "expr", "for", "labels", "annotations"], name
+        assert rule["annotations"]["runbook_url"] == f"operations/monitoring.html#{name.lower()}"
         assert rule["labels"]["severity"] in ("info", "warning", "critical")
-        assert set(rule["annotations"]) == {"summary", "description", "runbook"}
+        assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
+        assert " Do: " in rule["annotations"]["description"], name
         entry = RUN_BOOK.partition(f" {name}\n")[2].partition("\n##")[0]
-        assert [word for word in ("**Means**", "**Look**", "**Do**") if word not in entry] == [], name
+        assert [word for word in ("**Means**", "**Look**", "**Do**", "**Harmless**") if entry.count(word) != 1] == [], name
 
 
 def expressions() -> list[tuple[str, str]]:
@@ -163,26 +252,32 @@ def test_promtool_finds_nothing_wrong_with_the_rules(tmp_path: Path) -> None:
 
 
 def test_every_alert_is_quiet_fires_and_resolves(tmp_path: Path) -> None:
-    shipped(tmp_path, "rules.yaml")
-    groups = []
+    """Each alert has a file of its own, with what is recorded for it: all rules at every minute of every case would take long."""
+    (group,) = RULES["groups"]
+    recorded = [rule for rule in group["rules"] if "record" in rule]
+    tests: list[Path] = []
     for name, cases in CASES.items():
+        rules = [{"name": group["name"], "rules": [*recorded, ALERTS[name]]}]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"groups": rules}))
+        firing = f'sum(ALERTS{{alertname="{name}", alertstate="firing"}})'
+        found = []
         for case in cases:
-            firing = f'sum(ALERTS{{alertname="{name}", alertstate="firing"}})'
-            groups.append(
+            quiet = firing if case.fires else f"max_over_time({firing}[{case.quiet}m:1m])"
+            said = [(quiet, case.quiet, False), (firing, case.fires, True), (firing, case.resolved, False)]
+            found.append(
                 {
-                    "name": name,
                     "interval": "1m",
                     "input_series": [{"series": series, "values": values} for series, values in case.series.items()],
                     "promql_expr_test": [
-                        {"expr": firing, "eval_time": f"{case.quiet}m", "exp_samples": []},
-                        {"expr": firing, "eval_time": f"{case.fires}m", "exp_samples": [{"labels": "{}", "value": 1}]},
-                        {"expr": firing, "eval_time": f"{case.resolved}m", "exp_samples": []},
+                        {"expr": asked, "eval_time": f"{minute}m", "exp_samples": [{"labels": "{}", "value": 1}] if fires else []}
+                        for asked, minute, fires in said
+                        if minute
                     ],
                 }
             )
-    test = tmp_path / "test.yaml"
-    test.write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": groups}))
-    assert "SUCCESS" in promtool("test", "rules", test)
+        tests.append(tmp_path / f"test_{name}.yaml")
+        tests[-1].write_text(yaml.safe_dump({"rule_files": [f"{name}.yaml"], "evaluation_interval": "1m", "tests": found}))
+    assert promtool("test", "rules", *tests).count("SUCCESS") == len(ALERTS)
 
 
 @pytest.mark.parametrize(("what", "name"), [("rules", "rules.yaml"), ("dashboard", "dashboard.json")])
@@ -190,6 +285,16 @@ def test_the_command_prints_what_is_shipped(what: str, name: str) -> None:
     done = CliRunner().invoke(app, ["monitoring", what])
     assert done.exit_code == 0
     assert done.output == SHIPPED.joinpath(name).read_text()
+
+
+def test_the_command_links_the_rules_to_where_the_run_book_stands() -> None:
+    done = CliRunner().invoke(app, ["monitoring", "rules", "--docs", "https://docs.example/stock/"])
+    printed = yaml.safe_load(done.output)
+    links = [rule["annotations"]["runbook_url"] for group in printed["groups"] for rule in group["rules"] if "alert" in rule]
+    assert links == [f"https://docs.example/stock/operations/monitoring.html#{name.lower()}" for name in ALERTS]
+    refused = CliRunner().invoke(app, ["monitoring", "rules", "--docs", "docs.example"])
+    assert refused.exit_code == 2
+    assert "--docs='docs.example'" in refused.output
 
 
 def test_the_command_says_what_it_can_print() -> None:

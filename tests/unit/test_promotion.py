@@ -18,7 +18,8 @@ from inventory_sdk.cli.admission import handed_over
 from inventory_sdk.hotspot.board import mark_of
 from inventory_sdk.hotspot.detector import IDLE_LOOKS, STOCK
 from inventory_sdk.hotspot.promotion import Promotion
-from inventory_sdk.ledger.protocol import AdmissionRow
+from inventory_sdk.ledger.protocol import AdmissionRow, LedgerUnavailable
+from inventory_sdk.metrics import Event, PromotionsWaiting
 from inventory_sdk.model import key_of
 from inventory_sdk.stock import handover
 
@@ -364,3 +365,54 @@ async def cold(shop: Two, *keys: str) -> None:
         await detector.board.client.hdel(detector.board.key("hot"), mark_of(STOCK, 1_000_000.0, key))
     await detector.look()
     assert not detector.watch(STOCK, 1_000_000.0).hot.keys() & set(keys)
+
+
+async def test_what_can_not_be_moved_is_told_until_it_is(shop: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+
+    def record(event: Event) -> None:
+        if isinstance(event, PromotionsWaiting):
+            told.append((event.to_redis, event.to_database))
+
+    monkeypatch.setattr(shop.mover._ground.metrics, "record", record)
+    shop.one.hotspots.here().detector.watch(STOCK, 1_000_000.0)
+    await heat(shop, A, B)
+
+    async def away(*_: object) -> None:
+        raise LedgerUnavailable("disconnected", OSError())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shop.one.ledger, "joined", away)
+        await shop.mover.move()
+        await shop.mover.move()
+        assert told[-1] == (2, 0)
+    await shop.mover.move()
+    assert told[-1] == (0, 0)
+    assert await shop.places() == {"a": "redis", "b": "redis", "c": "database"}
+    # A reservation joins one that is cool with one that is hot: it stays, and that is told.
+    await shop.one.stock.reserve([Line("a", 1), Line("b", 1)], operation_id="ab")
+    await shop.one.settled()
+    board = shop.mover._detector.board
+    await board.client.hset(board.key("promoted"), A, 0)  # since long ago
+    await cold(shop, A)
+    await shop.mover.move()
+    assert told[-1] == (0, 1)
+    await shop.one.stock.release("ab")
+    await shop.one.settled()
+    async with asyncio.timeout(10):
+        while told[-1] != (0, 0):
+            shop.mover._not_before.clear()
+            await asyncio.sleep(0.01)
+            await shop.mover.move()
+    assert (await shop.places())["a"] == "database"
+
+
+async def test_who_is_not_the_mover_tells_of_nothing(shop: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = shop.two.hotspots.here().promotion
+    assert other is not None
+    told: list[Event] = []
+    monkeypatch.setattr(other._ground.metrics, "record", told.append)
+    assert await shop.mover._may_move()
+    other._detector.watch(STOCK, 1_000_000.0).hot[A] = 1.0
+    await other.move()
+    assert [event for event in told if isinstance(event, PromotionsWaiting)] == [PromotionsWaiting(0, 0)]

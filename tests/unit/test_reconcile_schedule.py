@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from inventory_sdk import InvalidOperation, Inventory, InventoryError
-from inventory_sdk.metrics import Retried
+from inventory_sdk.metrics import ComparisonsOverdue, DiscrepanciesOpen, Retried
 from inventory_sdk.reconcile import schedule
 from inventory_sdk.reconcile.model import Reconcile
 from inventory_sdk.reconcile.schedule import MEMORY, Schedule
@@ -141,6 +141,84 @@ async def test_what_fails_is_counted_and_tried_again(monkeypatch: pytest.MonkeyP
         await until(lambda: len(runner.runs) == 3)
         await runner.end()
         assert [each.reason for each in metrics.events if isinstance(each, Retried) and each.what == "reconcile"] == ["InventoryError"] * 2
+
+
+def overdue(metrics: Recorded) -> list[dict[str, float]]:
+    return [dict(event.seconds) for event in metrics.events if isinstance(event, ComparisonsOverdue)]
+
+
+async def test_how_long_a_comparison_is_overdue_is_told_until_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient(schedule.Backoff):
+        def __init__(self, *_: float) -> None:
+            super().__init__(0.001, 0.01)
+
+    monkeypatch.setattr(schedule, "Backoff", Impatient)
+    metrics = Recorded()
+    async with shop(metrics=[metrics]) as it:
+        await made_due(it, touched=4000.0)
+        runner = Runner(it, Reconcile(), fails=3)
+        runner.begin()
+        await until(lambda: len(runner.runs) == 4)
+        await until(lambda: overdue(metrics)[-1] == {"everything": 0.0, "what": 0.0})
+        await runner.end()
+    assert all(each["everything"] == 0 for each in overdue(metrics))
+    assert all(400 <= each["what"] < 500 for each in overdue(metrics)[:6])
+
+
+async def test_what_was_due_when_the_ledger_went_away_goes_on_being_overdue(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient(schedule.Backoff):
+        def __init__(self, *_: float) -> None:
+            super().__init__(0.001, 0.01)
+
+    monkeypatch.setattr(schedule, "Backoff", Impatient)
+    metrics = Recorded()
+    async with shop(metrics=[metrics]) as it:
+        await made_due(it, touched=4000.0)
+        runner = Runner(it, Reconcile(), fails=10**6)
+        runner.begin()
+        await until(lambda: runner.runs)
+
+        async def away(name: str) -> None:
+            raise OSError
+
+        monkeypatch.setattr(it.ledger.register, "remembered", away)
+        await until(lambda: any(isinstance(each, Retried) and each.reason == "OSError" for each in metrics.events))
+        now = time.time()
+        monkeypatch.setattr(schedule.time, "time", lambda: now + 1000)
+        await until(lambda: overdue(metrics)[-1]["what"] >= 1400)
+        await runner.end()
+
+
+async def test_what_is_not_planned_is_never_overdue() -> None:
+    metrics = Recorded()
+    async with shop(metrics=[metrics]) as it:
+        await made_due(it, touched=10_000.0, whole=10**6)
+        runner = Runner(it, Reconcile(every=None))
+        runner.begin()
+        await until(lambda: runner.runs)
+        await runner.end()
+    assert all(set(each) == {"everything"} for each in overdue(metrics))
+
+
+async def test_every_worker_tells_what_is_open_by_the_register_corrections_included() -> None:
+    metrics = Recorded()
+
+    async def told(it: Shop) -> dict[str, int]:
+        runner = Runner(it, Reconcile())
+        before = len(metrics.events)
+        runner.begin()
+        await until(lambda: any(isinstance(each, DiscrepanciesOpen) for each in metrics.events[before:]))
+        await runner.end()
+        return dict([each for each in metrics.events if isinstance(each, DiscrepanciesOpen)][-1].open)
+
+    async with shop(metrics=[metrics]) as it:
+        assert set((await told(it)).values()) == {0}
+        await it.by_hand("a", 1)
+        await it.by_hand("b", 2)
+        found = (await it.inventory.reconciler.run()).open
+        assert sum((await told(it)).values()) == 2
+        await it.inventory.reconciler.correct(found[0].number, "counted", "ann")
+        assert sum((await told(it)).values()) == 1
 
 
 async def test_the_worker_has_the_job_unless_nothing_is_to_be_compared_by_itself() -> None:

@@ -26,7 +26,7 @@ from inventory_sdk import (
     context,
     injected,
 )
-from inventory_sdk.metrics import Happened, Recalculated, Retried
+from inventory_sdk.metrics import Happened, Recalculated, RecalculationsDue, Retried
 from inventory_sdk.redistribute import controller
 from tests.redistribution_kit import Runs, inventory_of
 from tests.stock_kit import Recorded, until
@@ -481,3 +481,36 @@ async def test_keys_and_arguments_are_checked_before_anything_is_asked_for() -> 
                 await recalculate(shop, number)  # type: ignore[arg-type]
             assert refused.value.field == field
         assert not runs.story
+
+
+@pytest.mark.parametrize("place", ["fakeredis", pytest.param("redis", marks=pytest.mark.redis)])
+async def test_what_is_due_and_calculated_by_nobody_is_told_with_its_age(place: str, redis_url: str, namespace: str) -> None:
+    recorded = Recorded()
+    options: dict[str, Any] = {"metrics": [recorded], "database": "sqlite+aiosqlite://", "namespace": namespace}
+    inventory, runs = inventory_of(FakeAsyncRedis() if place == "fakeredis" else redis_url, **options), Runs()
+    inventory.redistribution.runs_here = False
+    recalculate = held(inventory, runs, name="recount")
+
+    @inventory.trigger("paid", runs=recalculate)
+    async def paid(shop: str, number: int) -> None: ...
+
+    def told() -> RecalculationsDue:
+        return [event for event in recorded.events if isinstance(event, RecalculationsDue)][-1]
+
+    async with inventory:
+        now = inventory.redistribution._now()
+        await now.tell_due()
+        assert told() == RecalculationsDue("recount", 0, 0.0)
+        await asyncio.gather(*(paid(shop, 1) for shop in "abc"))
+        await asyncio.sleep(0.02)
+        await now.tell_due()
+        assert told().keys == 3
+        assert told().overdue_seconds >= 0.02
+        desk = now.desks["recount"]
+        claims = await desk.board.claim(["a", "b"], 30.0)
+        await now.tell_due()
+        assert told().keys == 1  # what somebody calculates is not overdue before his lease ends
+        for claim in (*claims, *await desk.board.claim(["c"], 30.0)):
+            await desk.board.finish(claim, "", 0, 0, 0, {})
+        await now.tell_due()
+        assert told() == RecalculationsDue("recount", 0, 0.0)

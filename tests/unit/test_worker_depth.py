@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from inventory_sdk.metrics import Behind
+from dataclasses import replace
+
+from inventory_sdk.metrics import Behind, PartitionOpen
 from inventory_sdk.stock.journal import encode
 from inventory_sdk.sync.depth import COUNTED
 from tests.worker_fakes import Shop, body, open_shop, until
@@ -67,3 +69,39 @@ async def test_while_a_partition_is_being_recovered_nothing_is_said() -> None:
     shop.redis.write(1)
     shop.redis.epoch = 2
     assert await shop.worker()._depth.look(0) is None
+
+
+def last_said(shop: Shop) -> bool | None:
+    said = [event.open for event in shop.facts.events if isinstance(event, PartitionOpen)]
+    return said[-1] if said else None
+
+
+async def test_it_is_said_whether_a_partition_sells_also_while_nobody_recovers_it() -> None:
+    shop = await open_shop()
+    depth = shop.worker()._depth
+    await depth.look(0)
+    assert last_said(shop) is True
+    for state in ("frozen", "rebuilding", "suspect"):
+        shop.redis.state = state
+        await depth.look(0)
+        assert last_said(shop) is False
+        shop.redis.state = "open"
+        await depth.look(0)
+        assert last_said(shop) is True
+    shop.redis.empty()
+    await depth.look(0)
+    assert last_said(shop) is False
+
+
+async def test_of_a_partition_that_was_never_started_nothing_is_said() -> None:
+    shop = Shop()
+    await shop.worker()._depth.look(0)
+    assert last_said(shop) is None
+
+
+async def test_a_ledger_that_is_rebuilding_does_not_sell_whatever_redis_says() -> None:
+    shop = await open_shop()
+    row = shop.ledger.rows[0][1]
+    shop.ledger.rows[0][1] = replace(row, state="rebuilding")
+    await shop.worker()._depth.look(0)
+    assert last_said(shop) is False
