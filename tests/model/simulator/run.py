@@ -148,7 +148,7 @@ def plan_of(seed: int) -> Plan:
         faulty_start=chance.random() < 0.2,
         spanning=chance.choice((0.0, 0.3, 0.6)),
         copies=chance.random() < 0.3,
-        anonymous=chance.random() < 0.08,
+        anonymous=chance.random() < 0.12,
         scarce=chance.random() < 0.3,
         redis_timeout=chance.choice((0.5, 0.5, 0.5, 2.5)),
         window=15.0 if chance.random() < 0.03 else 86_400.0,
