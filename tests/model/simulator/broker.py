@@ -221,6 +221,9 @@ class SimQueue:
             world.later(world.network.latency(), lambda: settle(None))
 
         def arrive(again: bool = False) -> None:
+            if self._process.dead and not again and world.random.random() < 0.5:
+                world.count("publish_died")  # it was still in the process' own buffers
+                return
             if not broker.up:
                 settle(PublishFailed("the broker's connection broke"))
                 return
