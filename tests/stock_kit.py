@@ -441,10 +441,11 @@ async def shop_on(server: str, namespace: str, stocked: Mapping[str, int] | None
 @dataclass
 class Fault:
     """What befalls a call of one script. ``lost``: executed, its reply never arrives. ``held``: it waits for ``go`` before Redis
-    sees it. ``swallowed``: Redis never sees it. ``times``: how many calls; None: all."""
+    sees it. ``stranded``: the same, and its caller's connection breaks at once. ``swallowed``: Redis never sees it. ``times``: how
+    many calls; None: all."""
 
     script: str
-    what: Literal["lost", "held", "swallowed"]
+    what: Literal["lost", "held", "stranded", "swallowed"]
     times: int | None = 1
     happened: asyncio.Event = field(default_factory=asyncio.Event)
     go: asyncio.Event = field(default_factory=asyncio.Event)
@@ -492,7 +493,7 @@ class Proxy:
         for task in self._tasks:
             task.cancel()
 
-    def fault(self, script: str, what: Literal["lost", "held", "swallowed"], times: int | None = 1) -> Fault:
+    def fault(self, script: str, what: Literal["lost", "held", "stranded", "swallowed"], times: int | None = 1) -> Fault:
         """The next call of this script (the next ``times``) meets this."""
         fault = Fault(script, what, times)
         self._faults.append(fault)
@@ -517,14 +518,16 @@ class Proxy:
                     fault.happened.set()
                     if fault.what == "swallowed":
                         return
-                    if fault.what == "held":
+                    if fault.what == "stranded":
+                        writer.close()
+                    if fault.what in ("held", "stranded"):
                         await fault.go.wait()
                 to_redis.write(raw)
                 reply = await _reply(from_redis)
                 if fault is not None:
                     fault.replies.append(reply)
                     fault.done.set()
-                    if fault.what == "lost":
+                    if fault.what in ("lost", "stranded"):
                         return
                 writer.write(reply)
         finally:

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from inventory_sdk import Inventory, Line, Movement, Receipt
@@ -421,8 +421,9 @@ async def test_other_partitions_sell_on_while_one_waits_for_rabbitmq(site: Site,
 
 
 @pytest.mark.parametrize("raised", ["after it began", "before it began"])
+@pytest.mark.parametrize("at", ["its end", "its reading"])
 async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_the_rebuild(
-    postgresql_url: str, namespace: str, raised: str
+    postgresql_url: str, namespace: str, raised: str, at: str
 ) -> None:
     ledger = SqlLedger(postgresql_url, prefix=f"{namespace}_")
     await ledger.create_schema()
@@ -444,23 +445,36 @@ async def test_a_worker_transaction_that_is_open_across_an_epoch_change_is_in_th
         entry = JournalEntry(0, 1, 1, "n", 1_700_000_000_000, (operation,))
         if raised == "before it began":
             assert await ledger.raise_epoch(0, 1)
-        applying = asyncio.create_task(ledger.apply(0, 1, [entry], [slow]))
-        tasks.append(applying)
-        await inside.wait()
+        async with ledger.engine.connect() as other:
+            if at == "its end":
+                applying = asyncio.create_task(ledger.apply(0, 1, [entry], [slow]))
+                tasks.append(applying)
+                await inside.wait()
+            else:
+                # Somebody has the stock row: the worker knows its epoch open, and has written nothing yet.
+                stock = ledger.tables.stock
+                await other.execute(select(stock.c.sku).with_for_update())
+                waits_for_us = text("SELECT 1 FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))")
+                applying = asyncio.create_task(ledger.apply(0, 1, [entry]))
+                tasks.append(applying)
+                async with asyncio.timeout(30):
+                    while not (await other.execute(waits_for_us)).all():
+                        await asyncio.sleep(0.01)
 
-        async def rebuild() -> list[Balance]:
-            if raised == "after it began":
-                assert await ledger.raise_epoch(0, 1)
-            async with ledger.rebuilding(0, 2) as reading:
-                found = [row async for rows in reading.balances(10) for row in rows]
-                await reading.open()
-            return found
+            async def rebuild() -> list[Balance]:
+                if raised == "after it began":
+                    assert await ledger.raise_epoch(0, 1)
+                async with ledger.rebuilding(0, 2) as reading:
+                    found = [row async for rows in reading.balances(10) for row in rows]
+                    await reading.open()
+                return found
 
-        rebuilding = asyncio.create_task(rebuild())
-        tasks.append(rebuilding)
-        done, _ = await asyncio.wait([rebuilding], timeout=0.3)
-        assert not done, "Redis is not filled over an open transaction"
-        go.set()
+            rebuilding = asyncio.create_task(rebuild())
+            tasks.append(rebuilding)
+            done, _ = await asyncio.wait([rebuilding], timeout=0.3)
+            assert not done, "Redis is not filled over an open transaction"
+            go.set()
+            await other.rollback()
         await applying
         found = await rebuilding
         assert [(row.available, row.reserved) for row in found] == [(6, 0)]
@@ -540,9 +554,12 @@ async def test_a_second_void_of_the_same_refusal_moves_nothing(site: Site, serve
             async with asyncio.timeout(30):
                 while await inventory.ledger.pending_voids(0, 1):
                     await asyncio.sleep(0.02)
+            before = (await engine.upkeep.journal_state(0)).sequence
             again = Void(Position(0, 1, 2), 0, key_of("m", "too much"), "deduct", "", (key_of("m", "a"), 12, 0), True)
             await engine.upkeep.void(0, 1, again)
             await other.upkeep.void(0, 1, again)
+            # The ledger would take a second one back: that nothing moved, only the journal tells.
+            assert (await engine.upkeep.journal_state(0)).sequence == before
             await inventory.settled()
         assert (await inventory.stock.level("a")).available == 15, "10, and the 5 that were never supplied"
         assert await sold(inventory) == (0, 10)

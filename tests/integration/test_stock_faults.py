@@ -131,6 +131,20 @@ async def test_a_request_that_never_arrived_is_sent_again_and_a_late_one_refuses
         assert await effect(shop, before) == EFFECTS[act]
 
 
+async def test_who_was_refused_is_not_served_by_its_first_script_that_was_stuck(shop: Shop, remote: Shop, proxy: Proxy) -> None:
+    """The connection breaks at once, long before its script can't run any more; then the units come back."""
+    await shop.stock.deduct(lines(a=10), operation_id="others")
+    await remote.engine.partitions[0].known()
+    fault = proxy.fault("batch", "stranded")
+    with pytest.raises(errors.InsufficientStock):
+        await remote.stock.deduct(lines(a=2), operation_id="o1")
+    await shop.stock.restock(lines(a=2), operation_id="po")
+    fault.go.set()
+    await fault.done.wait()
+    assert b"late" in fault.replies[0]
+    assert await shop.counters("a") == (2, 0)
+
+
 async def test_a_held_request_released_in_time_has_one_effect_too(shop: Shop, remote: Shop, proxy: Proxy) -> None:
     before = await prepared(shop)
     await remote.engine.partitions[0].known()

@@ -96,7 +96,8 @@ class Auditor:
     undone: Counter[str] = field(default_factory=Counter)
     branches: list[float] = field(default_factory=list)
     confirmed: dict[Place, set[str]] = field(default_factory=dict)
-    firsts: dict[tuple[str, Place], Receipt] = field(default_factory=dict)
+    firsts: dict[tuple[str, Place, str], Receipt] = field(default_factory=dict)
+    """By key, place and nonce: both sides of a fork may have the same act there."""
     tolerated: Counter[str] = field(default_factory=Counter)
     violation: str | None = None
 
@@ -221,12 +222,12 @@ class Auditor:
             self.fail(f"{attempt}: the ledger has nothing at {place}")
 
     def _check_place(self, attempt: Attempt, receipt: Receipt, key: str, flat: list[Any], place: Place) -> None:
-        found = None
+        found, nonce = None, ""
         for entry in self.entries.get(place, ()):
             for operation in entry.operations:
                 whole, remaining = merged(operation)
                 if operation[1] == key and whole == flat:
-                    found = operation
+                    found, nonce = operation, entry.nonce
                     # What a close left in other partitions is known only when its parts have followed.
                     apart = operation[0] not in TAKES and parts_of(operation)
                     if apart or remaining == [line.remaining for line in receipt.lines]:
@@ -240,7 +241,7 @@ class Auditor:
                 receipt.replayed,
                 f"{attempt}: remaining {[line.remaining for line in receipt.lines]}, the journal says {found and found[4]}",
             )
-        first = self.firsts.setdefault((key, place), receipt)
+        first = self.firsts.setdefault((key, place, nonce), receipt)
         same = [line.remaining for line in first.lines] == [line.remaining for line in receipt.lines]
         # What a close leaves in other partitions is told as it is when they follow, and not remembered.
         same = same or (receipt.kind not in TAKES and found is not None and bool(parts_of(found)))

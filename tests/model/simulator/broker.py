@@ -31,6 +31,10 @@ class Line:
         if self.consumers and self.waiting:
             self.consumers[0].arrived.set()
 
+    def unsettled(self) -> int:
+        """Messages that nobody has acknowledged, those that a consumer holds included."""
+        return len(self.waiting) + sum(len(consumer.unacked) for consumer in self.consumers)
+
 
 class Broker:
     """The server, shared by all processes."""
@@ -93,7 +97,7 @@ class SimConsumer:
         self.gone = False
         self._broker = broker
         self._line = line
-        self._unacked: dict[int, Message] = {}
+        self.unacked: dict[int, Message] = {}
 
     async def get(self, timeout: float) -> Sequence[Message]:
         line = self._line
@@ -111,7 +115,7 @@ class SimConsumer:
         if count > 1 and world.chance("trickle"):
             count = world.random.randint(1, count)
         taken = [line.waiting.popleft() for _ in range(count)] if line.consumers[0] is self else []
-        self._unacked.update((message.tag, message) for message in taken)
+        self.unacked.update((message.tag, message) for message in taken)
         return taken
 
     async def ack(self, messages: Sequence[Message]) -> None:
@@ -121,7 +125,7 @@ class SimConsumer:
             self.lose()
             raise BrokerGone("the connection broke before the acknowledgement arrived")
         for message in messages:
-            if self._unacked.pop(message.tag, None) is not None and not message.marker:
+            if self.unacked.pop(message.tag, None) is not None and not message.marker:
                 self._broker.world.auditor.acknowledged(message)
 
     def _check(self) -> None:
@@ -135,10 +139,10 @@ class SimConsumer:
         self.gone = True
         line = self._line
         line.consumers.remove(self)
-        line.waiting.extendleft(replace(message, redelivered=True) for message in reversed(self._unacked.values()))
-        if self._unacked:
+        line.waiting.extendleft(replace(message, redelivered=True) for message in reversed(self.unacked.values()))
+        if self.unacked:
             self._broker.world.count("redelivered")
-        self._unacked.clear()
+        self.unacked.clear()
         self.arrived.set()
         line.wake()
 
@@ -217,6 +221,9 @@ class SimQueue:
             world.later(world.network.latency(), lambda: settle(None))
 
         def arrive(again: bool = False) -> None:
+            if self._process.dead and not again and world.random.random() < 0.5:
+                world.count("publish_died")  # it was still in the process' own buffers
+                return
             if not broker.up:
                 settle(PublishFailed("the broker's connection broke"))
                 return

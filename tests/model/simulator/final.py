@@ -70,8 +70,9 @@ def unquiet(world: World, partitions: int) -> str:
         for key, text in redis_hash(world, partition, "reservations").items():
             if why := _unfollowed(world, partitions, partition, key, text):
                 return why
-        if world.broker.line(partition).waiting:
-            return f"partition {partition}: {len(world.broker.line(partition).waiting)} messages wait"
+        if messages := world.broker.line(partition).unsettled():
+            # Late entries of an epoch that is over are gathered for a while, unacknowledged.
+            return f"partition {partition}: {messages} messages are not acknowledged"
     return ""
 
 
@@ -351,14 +352,14 @@ def _survived(world: World, attempt: Attempt) -> None:
         auditor.must(_whole(standing) == flat_of(receipt), f"{where}, stands with other lines: {standing}")
         auditor.tolerated["taken up again elsewhere"] += 1
         return
+    forgotten = {entry.lost_by for entry in auditor.entries.get(place, ())} - {""}
     if world.anonymous and (not rows or rows[0][_AT["status"]] == "rejected"):
         # Nothing fences one server from another here, so both may have sold: what the ledger can't cover is named; a loss that no
-        # process has seen is not.
-        unseen = receipt.durability != "database" and auditor.is_forgotten(place)
+        # process has seen is not, where the level does not survive it.
+        unseen = forgotten & BEYOND[receipt.durability]
         auditor.must(key in auditor.rejected or unseen, f"{where}, is gone and was not named")
         auditor.tolerated["sold on both sides, or lost unseen"] += 1
         return
-    forgotten = {entry.lost_by for entry in auditor.entries.get(place, ())} - {""}
     if not rows:
         auditor.must(forgotten & BEYOND[receipt.durability], f"{where}, is not in the ledger at {place}")
         state, applied = tables.epochs[place[0]][place[1]]

@@ -58,6 +58,8 @@ RATES: Final = {
     "replica_lags": 0.1,
     "struck": 0.05,
     "killed_here": 0.002,
+    "giver_killed": 0.5,
+    "giver_lost": 0.5,
 }
 FOCUSED: Final = (
     "delayed", "request_held", "reply_lost", "publish_lost", "publish_late", "confirm_lost", "ack_lost", "commit_broken", "commit_unheard",
@@ -134,6 +136,7 @@ def plan_of(seed: int) -> Plan:
             rates[chance.choice(FOCUSED)] = 0.25
         if "broker_emptied" in kinds:
             rates.pop("struck", None)
+            rates.pop("giver_lost", None)
         many = chance.choice((1, 2, 3, 5)) if kinds else 0
         events = [(chance.uniform(0.0, span), chance.choice(kinds)) for _ in range(many)]
     return Plan(
@@ -148,7 +151,7 @@ def plan_of(seed: int) -> Plan:
         faulty_start=chance.random() < 0.2,
         spanning=chance.choice((0.0, 0.3, 0.6)),
         copies=chance.random() < 0.3,
-        anonymous=chance.random() < 0.08,
+        anonymous=chance.random() < 0.12,
         scarce=chance.random() < 0.3,
         redis_timeout=chance.choice((0.5, 0.5, 0.5, 2.5)),
         window=15.0 if chance.random() < 0.03 else 86_400.0,
@@ -304,7 +307,7 @@ class Run:
         attempt = Attempt(
             next(self.numbers), call.kind, call.merchant, key, call.flat, call.level, process.name, self.world.loop.time(), bad=call.bad
         )
-        task = self.world.loop.begin(process, self._make(inventory, call, attempt), f"call {attempt.number}")
+        task = self.world.loop.begin(process, self._make(process, inventory, call, attempt), f"call {attempt.number}")
         self.calls.append(task)
         if cancel and self.world.chance("caller_cancelled"):
             self.world.later(self.world.random.choice((0.0, 0.0005, 0.002, 0.02, 0.5)), lambda: process.dead or task.cancel())
@@ -314,7 +317,7 @@ class Run:
         """Somebody is quick."""
         self.world.later(self.world.random.choice((0.0, 0.002, 0.01, 0.05)), lambda: self.call(call))
 
-    async def _make(self, inventory: Inventory, call: Call, attempt: Attempt) -> None:
+    async def _make(self, process: Process, inventory: Inventory, call: Call, attempt: Attempt) -> None:
         auditor = self.world.auditor
         auditor.asks(attempt)
         try:
@@ -332,12 +335,20 @@ class Run:
             return
         auditor.answered(attempt, receipt)
         self.scenario.accepted(call, receipt)
-        self._struck(receipt.durability)
+        if call.then is not None:
+            self.scenario.calls.append(call.then)
+            self._soon(call.then)
+        if call.then is not None and call.then.rests and self.world.chance("giver_killed"):
+            process.kill()
+            self.bereaved(process)
+        self._struck(call, receipt.durability)
 
-    def _struck(self, level: str) -> None:
+    def _struck(self, call: Call, level: str) -> None:
         """At once after an answer: the worst that its level survives."""
         world = self.world
-        if not self.strikes or level not in ("replica", "aof", "queue") or not world.chance("struck"):
+        if not self.strikes or level not in ("replica", "aof", "queue"):
+            return
+        if not (world.chance("struck") or (call.rests and world.chance("giver_lost"))):
             return
         self.strikes -= 1
         if level == "replica":

@@ -26,6 +26,10 @@ class Call:
     bad: bool = False
     receipt: Receipt | None = None
     """Of undo and keep."""
+    then: Call | None = None
+    """What somebody does as soon as it is answered."""
+    rests: bool = False
+    """Whether it sells what was given back just now."""
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Scenario:
             (4, self._extend),
             (3, lambda: self._enter("restock")),
             (3, self._arrival),
+            (3, self._give_back),
             (2, lambda: self._enter("adjust")),
             (4, self._take_back),
             (4, self._undo),
@@ -201,6 +206,18 @@ class Scenario:
             self.calls.append(call)
         lines = [Line(sku, units)]
         return Call("restock", merchant, self._name(), {"lines": lines}, flat_of(lines, merchant))
+
+    def _give_back(self) -> Call:
+        """A SKU that one buyer holds whole and gives back where only Redis knows it; at once its units are sold for good."""
+        merchant, hold = self._shop(), self._name()
+        sku = f"back-{hold}"
+        units = self.supply[merchant][sku] = self.random.randint(1, 4)
+        lines = [Line(sku, units)]
+        flat = flat_of(lines, merchant)
+        sale = Call("deduct", merchant, self._name(), {"lines": lines}, flat, "queue", rests=True)
+        release = Call("release", merchant, f"{hold}\x1frelease", {"reservation": hold}, None, "redis", then=sale)
+        reserve = Call("reserve", merchant, hold, {"lines": lines, "ttl": 600.0}, flat, "redis", then=release)
+        return Call("restock", merchant, self._name(), {"lines": lines}, flat, then=reserve)
 
     def _take_back(self) -> Call | None:
         if not self.sales:
