@@ -21,7 +21,7 @@ NDJSON_TYPES = ("application/vnd.elasticsearch+x-ndjson", "application/x-ndjson"
 @dataclass
 class Elasticsearch:
     """``busy``: so many bulk items, from the first on, are answered 429 each time they come. ``failing``: so many requests in a row are
-    answered with ``status``; ``refuse``: ids of documents that no mapping fits."""
+    answered with ``status``; ``refuse``: ids or SKUs of documents that no mapping fits."""
 
     url: str = ""
     templates: dict[str, Any] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class _Server:
         if self.state.busy:
             self.state.busy -= 1
             return refused(429, "es_rejected_execution_exception", "rejected execution")
-        if identity in self.state.refuse:
+        if {identity, document.get("sku")} & self.state.refuse:
             return refused(400, "document_parsing_exception", "no mapping fits")
         for name, value in document.items():
             kind = mapping["properties"].get(name)

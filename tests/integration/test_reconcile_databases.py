@@ -162,7 +162,7 @@ async def test_one_subject_has_one_row_however_many_find_it_at_once(inventory: I
     again = await ledger.register.keep([*rows, NewRow("m", "more", "rejected", "stock\x1fm\x1fmore")])
     assert [new for _, new in first] == [True] * 20
     assert [(row.number, new) for row, new in again[:20]] == [(row.number, False) for row, _ in first]
-    assert await ledger.register.gone([row.number for row, _ in first]) == 20
+    assert [row.state for row in await ledger.register.gone([row.number for row, _ in first])] == ["gone"] * 20
     assert [new for _, new in await ledger.register.keep(rows)] == [True] * 20
 
 
@@ -171,6 +171,6 @@ async def test_letters_wait_in_order_until_they_are_delivered(inventory: Invento
     await ledger.register.post("mine", [{"n": number} for number in range(5)])
     await ledger.register.post("other", [{"n": 9}])
     letters = await ledger.register.letters("mine", 3)
-    assert [letter["n"] for _, letter in letters] == [0, 1, 2]
-    await ledger.register.delivered([number for number, _ in letters])
-    assert [letter["n"] for _, letter in await ledger.register.letters("mine", 10)] == [3, 4]
+    assert [letter["n"] for _, _, letter in letters] == [0, 1, 2]
+    await ledger.register.delivered([number for number, _, _ in letters])
+    assert [letter["n"] for _, _, letter in await ledger.register.letters("mine", 10)] == [3, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from inventory_sdk.ledger.protocol import Entering
 from inventory_sdk.metrics import Compared, Happened
 from inventory_sdk.model import fingerprint, key_of
 from inventory_sdk.reconcile import comparing
-from inventory_sdk.reconcile.causes import redis_deltas
+from inventory_sdk.reconcile.causes import Causes, redis_deltas
 from inventory_sdk.stock.journal import decode, encode
 from tests.reconcile_kit import Shop, shop
 from tests.stock_kit import Recorded
@@ -355,6 +356,7 @@ async def test_each_scope_looks_at_its_own_and_ends_only_what_it_has_looked_at()
 
 async def test_what_was_touched_is_compared_and_what_was_not_is_left() -> None:
     async with shop() as it:
+        await it.inventory.settled()
         first = await it.inventory.reconciler.run(touched=True)
         assert first.skus == 2  # nothing was remembered: everything
         await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
@@ -363,6 +365,140 @@ async def test_what_was_touched_is_compared_and_what_was_not_is_left() -> None:
         assert (await it.inventory.reconciler.run(touched=True)).skus == 0
         await it.inventory.stock.restock([Line("b", 1)], operation_id="po-2")
         assert (await it.inventory.reconciler.run(touched=True)).skus == 1
+
+
+async def test_stock_that_changed_hands_is_left_to_the_next_run_of_what_was_touched_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.settled()
+        await it.inventory.reconciler.run(touched=True)
+        await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
+        await it.inventory.settled()
+        read = comparing.read_counters
+
+        async def then_comes_and_goes(partition: Any, fields: Any) -> Any:
+            counters = await read(partition, fields)
+            monkeypatch.setattr(comparing, "read_counters", read)
+            await it.inventory.stock.withdraw("default")
+            await it.inventory.stock.adopt("default")
+            return counters
+
+        monkeypatch.setattr(comparing, "read_counters", then_comes_and_goes)
+        assert (await it.inventory.reconciler.run(touched=True)).moving == (A,)
+        await it.by_hand("a", 1)
+        assert [row[:2] for row in await it.found(touched=True)] == [("stock", "a")]
+
+
+async def test_what_moves_redis_only_is_touched_as_well() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        await it.inventory.settled()
+        await it.inventory.reconciler.run(touched=True)
+        await it.inventory.reconciler.correct(found.number, "counted", "kim")
+        await it.inventory.settled()
+        await it.by_hand("a", 1)
+        assert [row[:2] for row in await it.found(touched=True)] == [("stock", "a")]
+
+
+@pytest.mark.parametrize("why", ["closed", "moving"])
+async def test_what_could_not_be_looked_at_twice_is_neither_clean_nor_gone(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        look, looks = comparing.Looking.look, 0
+
+        async def once(self: Any, partition: Any, places: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            if looks == 1:
+                return await look(self, partition, places)
+            return comparing.Look(closed="recovering") if why == "closed" else comparing.Look(moving=[A])
+
+        with monkeypatch.context() as patched:
+            patched.setattr(comparing.Looking, "look", once)
+            done = await it.inventory.reconciler.run()
+        assert (done.clean, done.gone, done.moving) == (False, 0, (A,))
+        assert [each.number for each in await it.inventory.reconciler.discrepancies()] == [found.number]
+
+
+async def test_a_process_that_does_not_know_the_services_table_ends_nothing_that_was_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop(own=True, writes=True) as it:
+        it.own["a"] += 2
+        found = await it.one()
+        with monkeypatch.context() as patched:
+            patched.setattr(it.inventory.reconciler, "_reads", lambda: None)
+            assert (await it.inventory.reconciler.run()).gone == 0
+        assert [each.number for each in await it.inventory.reconciler.discrepancies()] == [found.number]
+
+
+async def test_a_service_that_is_just_writing_has_not_made_up_its_difference() -> None:
+    async with shop(own=True) as it:
+        it.own["a"] = 5
+        found = await it.one()
+
+        async def sell() -> None:
+            await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
+            await it.inventory.settled()
+
+        selling: list[Any] = []
+        done = await it.inventory.reconciler.run(progress=lambda *_: selling.append(asyncio.ensure_future(sell())))
+        await asyncio.gather(*selling)
+        assert [each.number for each in await it.inventory.reconciler.discrepancies()] == [found.number]
+        assert done.gone == 0
+
+
+async def test_what_is_corrected_between_the_look_and_the_record_is_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        of = Causes.of
+
+        async def then_corrects(self: Any, partition: Any, drift: Any) -> Any:
+            monkeypatch.setattr(Causes, "of", of)
+            await it.inventory.reconciler.correct(found.number, "counted", "kim")
+            return await of(self, partition, drift)
+
+        monkeypatch.setattr(Causes, "of", then_corrects)
+        done = await it.inventory.reconciler.run()
+        assert (done.open, done.moving) == ((), (A,))
+        assert await it.inventory.reconciler.discrepancies() == []
+        assert (await it.inventory.reconciler.run()).clean
+
+
+async def test_what_is_being_corrected_while_one_looks_is_not_found_again_when_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found, register = await it.one(), it.ledger.register
+        act = {"kind": "correct", "actor": "kim", "operation_id": "x", "details": {}}
+        await register.turn(found.number, ["open"], "correcting", {}, act)
+        of = Causes.of
+
+        async def then_ends(self: Any, partition: Any, drift: Any) -> Any:
+            await it.by_hand("a", -3)
+            await register.turn(found.number, ["correcting"], "corrected", {})
+            return await of(self, partition, drift)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Causes, "of", then_ends)
+            assert (await it.inventory.reconciler.run()).open == ()
+        assert (await it.inventory.reconciler.run()).clean
+
+
+async def test_no_more_than_a_second_of_the_rate_is_read_at_once_and_second_looks_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    async def take(self: Any, skus: int) -> None:
+        taken.append(skus)
+
+    monkeypatch.setattr(comparing.Pace, "take", take)
+    async with shop(rate=2.5) as it:
+        await it.inventory.stock.restock([Line(f"s{number}", 1) for number in range(5)], operation_id="more")
+        await it.by_hand("a", 1)
+        assert len(await it.found()) == 1
+        assert taken == [2, 1, 2, 2, 1]
+        taken.clear()
+        done = await it.inventory.reconciler.run(touched=True)
+        assert (done.skus, max(taken)) == (7, 2)
 
 
 async def test_a_discrepancy_keeps_its_number_while_it_lasts_and_is_told_once() -> None:
