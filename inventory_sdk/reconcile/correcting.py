@@ -169,9 +169,11 @@ class Correcting:
         shown = (found.number, plan.side, found.merchant, found.sku, found.reservation, plan.available, plan.reserved, plan.units)
         return Correction(*shown, plan.steps(name), confirm, plan.why_not)
 
-    async def correct(self, number: int, reason: str, who: str, confirmed: bool) -> Discrepancy:
+    async def correct(self, number: int, reason: str, who: str, confirmed: bool | int) -> Discrepancy:
         """Make it; once, however often it is asked for."""
         _check_words(reason, who)
+        if not isinstance(confirmed, int) or confirmed < 0:
+            raise InvalidOperation("confirmed", confirmed, "must be the units that were shown, True or False")
         row = await self.row(number)
         if row.state == "corrected":
             return discrepancy(row)
@@ -184,8 +186,12 @@ class Correcting:
         if proposed.needs_confirmation and not confirmed:
             limit = self._settings.confirm_above
             raise InvalidOperation(
-                "confirmed", confirmed, f"discrepancy {number} moves {proposed.units} units, more than {limit}: confirm it"
+                "confirmed",
+                confirmed,
+                f"discrepancy {number} moves {proposed.units} units, more than {limit}: confirm them by their number",
             )
+        if confirmed and confirmed is not True and confirmed != proposed.units:
+            raise InvalidOperation("confirmed", confirmed, f"discrepancy {number} moves {proposed.units} units by now: look at it again")
         return await self._begin(found, plan, "correct", reason, who)
 
     async def undo(self, number: int, reason: str, who: str) -> Discrepancy:

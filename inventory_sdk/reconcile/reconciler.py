@@ -252,11 +252,13 @@ class Reconciler:
         """Look once more and say what ``correct`` would do; nothing moves. ``why_not`` says why it can't be corrected so."""
         return await self._correcting().propose(number)
 
-    async def correct(self, number: int, reason: str, who: str, confirmed: bool = False) -> Discrepancy:
+    async def correct(self, number: int, reason: str, who: str, confirmed: bool | int = False) -> Discrepancy:
         """Make the correction that ``propose`` shows: a journaled delta, once, on record with who and why.
 
-        ``InvalidOperation`` when there is nothing to correct (any more), when it is larger than ``confirm_above`` and not
-        ``confirmed``, or when the merchant's daily limit is used up. Safe to repeat: one that was made is answered as it is.
+        ``confirmed``: the units that whoever confirms it has seen, so that what has grown since is not moved unseen; True: as many as
+        it moves by now. ``InvalidOperation`` when there is nothing to correct (any more), when it is larger than ``confirm_above``
+        and not ``confirmed``, moves another number of units, or can't be looked at now, or when the merchant's daily limit is used
+        up. ``StockFrozen`` while Redis does not sell. Safe to repeat: one that was made is answered as it is.
         """
         made = await self._correcting().correct(number, reason, who, confirmed)
         await self._here().teller.deliver()

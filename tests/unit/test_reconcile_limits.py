@@ -29,6 +29,29 @@ async def test_a_large_one_needs_a_second_word() -> None:
         assert (await it.inventory.reconciler.run()).clean
 
 
+@pytest.mark.parametrize("confirmed", ["yes", -5, 5.0, None])
+async def test_a_confirmation_that_is_no_number_of_units_is_refused(confirmed: object) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 5)
+        found = await it.one()
+        with pytest.raises(InvalidOperation) as refused:
+            await it.inventory.reconciler.correct(found.number, **WHY, confirmed=confirmed)  # type: ignore[arg-type]
+        assert refused.value.field == "confirmed"
+
+
+async def test_what_has_grown_since_it_was_confirmed_is_not_moved_unseen() -> None:
+    async with shop(confirm_above=4) as it:
+        await it.by_hand("a", 5)
+        found = await it.one()
+        shown = await it.inventory.reconciler.propose(found.number)
+        await it.by_hand("a", 900)
+        with pytest.raises(InvalidOperation, match="moves 905 units by now"):
+            await it.inventory.reconciler.correct(found.number, **WHY, confirmed=shown.units)
+        assert await it.found() == [("stock", "a", "manual_redis", 905, 0)]
+        await it.inventory.reconciler.correct(found.number, **WHY, confirmed=905)
+        assert (await it.inventory.reconciler.run()).clean
+
+
 async def test_a_merchants_corrections_of_a_day_are_limited_and_what_was_refused_does_not_count() -> None:
     async with shop(daily_limit=100, limits={"default": 5}) as it:
         await it.by_hand("a", 4)
