@@ -16,7 +16,7 @@ from inventory_sdk.errors import InventoryError
 from inventory_sdk.ledger.accounts import Past, Refused
 from inventory_sdk.model import LEDGER_DELTAS, JournalOperation, Kind
 from inventory_sdk.reconcile.comparing import Drift
-from inventory_sdk.reconcile.model import Cause
+from inventory_sdk.reconcile.model import Cause, Discrepancy
 from inventory_sdk.reconcile.redis_side import remembered
 from inventory_sdk.stock.batch import read_entries
 from inventory_sdk.stock.journal import decode
@@ -74,8 +74,8 @@ class Causes:
         self._window_ms = int(results_window * 1000)
         self._known: dict[tuple[int, int], _Known] = {}
 
-    async def of(self, partition: Partition, drift: Drift) -> tuple[Cause, dict[str, Any]]:
-        """The cause of a difference between Redis and the ledger, and the evidence."""
+    async def of(self, partition: Partition, drift: Drift, before: Discrepancy | None = None) -> tuple[Cause, dict[str, Any]]:
+        """The cause of a difference between Redis and the ledger, and the evidence. ``before``: what is on record of it."""
         base: dict[str, Any] = {
             "epoch": drift.epoch,
             "position": f"{partition.number}/{drift.epoch}-{drift.sequence}",
@@ -100,6 +100,8 @@ class Causes:
                         more["parts"] = [[each.cause.value, *each.units] for each in some]
                     return some[0].cause, base | more
         if known.unread and known.ranges:
+            if before is not None and (before.available, before.reserved) == drift.units and "unread" not in before.evidence:
+                return Cause(before.cause), {**before.evidence, **base}  # it was found while the journal still had them
             why = {
                 "missing": _ranges(known.ranges),
                 "unread": known.unread,

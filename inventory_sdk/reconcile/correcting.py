@@ -155,7 +155,7 @@ class Correcting:
             # What the ledger missed is the ledger's to make good, the rest is Redis'. One after the other: this first.
             return Plan("redis", -sum(part[1] for part in others), -sum(part[2] for part in others), epoch)
         if found.cause == Cause.MISSING_JOURNAL:
-            if found.evidence.get("unread") and over > 0:
+            if found.evidence.get("unread") and over >= 0:
                 # Nobody can say what was in there. Where one of the two must be wrong, that with fewer to sell is believed.
                 return Plan("redis", -over, -held, epoch)
             if held:

@@ -15,7 +15,7 @@ from inventory_sdk.model import split_key
 from inventory_sdk.reconcile.causes import Causes
 from inventory_sdk.reconcile.comparing import CHUNK, Drift, Look, Looking, Pace
 from inventory_sdk.reconcile.holds import HoldLook
-from inventory_sdk.reconcile.model import Cause, Comparison, Discrepancy, Finding, Progress, Reconcile, What
+from inventory_sdk.reconcile.model import Cause, Comparison, Discrepancy, Finding, Progress, Reconcile, What, discrepancy, subject_of
 from inventory_sdk.reconcile.redis_side import read_counters
 from inventory_sdk.stock.partition import Partition
 
@@ -179,8 +179,13 @@ class Run:
 
     async def _name(self, partition: Partition, look: Look, before: Acts) -> None:
         found: list[Finding] = []
+        subjects = [subject_of(What.STOCK, name) for name in look.stock]
+        known: dict[str, Discrepancy] = {}
+        for start in range(0, len(subjects), CHUNK):
+            rows = await self._register.find(state="open", subjects=subjects[start : start + CHUNK], limit=CHUNK)
+            known.update({each.name: each for each in map(discrepancy, rows)})
         for drift in look.stock.values():
-            cause, evidence = await self._causes.of(partition, drift)
+            cause, evidence = await self._causes.of(partition, drift, known.get(drift.field))
             found.append(Finding(What.STOCK, drift.field, cause, *drift.units, evidence))
         for name, account in look.unsound.items():
             facts = {"row": list(account.row), "last_change_left": account.left and list(account.left), "version": account.version}

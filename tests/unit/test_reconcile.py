@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from inventory_sdk import DurabilityNotReached, InvalidOperation, Inventory, Inv
 from inventory_sdk.ledger.protocol import Entering
 from inventory_sdk.metrics import Compared, Happened
 from inventory_sdk.model import fingerprint, key_of
-from inventory_sdk.reconcile import comparing
+from inventory_sdk.reconcile import causes, comparing, holds
 from inventory_sdk.reconcile.causes import Causes, redis_deltas
 from inventory_sdk.stock.journal import decode, encode
 from tests.reconcile_kit import Shop, shop
@@ -154,6 +155,27 @@ async def test_an_expiry_in_what_redis_forgot_is_part_of_it() -> None:
         assert await it.found() == [("stock", "a", "went_back", -1, 3)]
 
 
+@pytest.mark.parametrize("why", ["older results are being restored", "it is older than what is remembered"])
+async def test_what_redis_need_not_remember_does_not_mean_that_it_went_back(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
+        await it.inventory.settled()
+        await it.engine.wire.client.hdel(it.key("results:0"), key_of("default", "d"))
+        await it.by_hand("a", 1)
+        assert await it.found() == [("stock", "a", "went_back", 1, 0)]
+        if why.startswith("older"):
+            partition = it.engine.home("default")
+            hello = await partition.hello()
+
+            async def restoring() -> Any:
+                return replace(hello, older="1-1")
+
+            monkeypatch.setattr(partition, "hello", restoring)
+        else:
+            monkeypatch.setattr(causes, "MARGIN_MS", 86_400_000)
+        assert await it.found() == [("stock", "a", "manual_redis", 1, 0)]
+
+
 async def cut_out(it: Shop, receipt: Any, units: int) -> None:
     """The ledger loses an entry that it had applied."""
     tables = it.ledger.tables
@@ -267,6 +289,41 @@ async def test_a_hold_that_is_gone_from_redis_is_found_and_one_that_was_closed_i
         await it.inventory.stock.release("closed")
         holds = [row[:3] for row in await it.found() if row[0] == "hold"]
         assert sorted(holds) == [("hold", "back", "went_back"), ("hold", "gone", "manual_redis")]
+
+
+@pytest.mark.parametrize("second", ["there", "frozen", "another epoch"])
+async def test_a_hold_is_only_gone_if_a_second_reading_of_the_same_epoch_says_so_too(second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.stock.reserve([Line("a", 1)], operation_id="r", ttl=60)
+        await it.inventory.settled()
+        read, readings = holds.read_holds, 0
+
+        async def twice(partition: Any, keys: Any) -> Any:
+            nonlocal readings
+            readings += 1
+            found = await read(partition, keys)
+            if readings == 1 or second != "there":
+                found = replace(found, records=[None])
+            if readings == 2 and second != "there":
+                found = replace(found, **({"state": "frozen"} if second == "frozen" else {"epoch": 2}))
+            return found
+
+        monkeypatch.setattr(holds, "read_holds", twice)
+        assert await it.found() == []
+        assert readings == 2
+
+
+async def test_a_hold_that_was_taken_anew_under_its_id_is_another_one() -> None:
+    async with shop() as it:
+        await it.inventory.stock.reserve([Line("a", 1)], operation_id="r", ttl=60)
+        await it.inventory.settled()
+        (row,) = await it.ledger.comparing.holds([key_of("default", "r")])
+        await it.engine.wire.client.hdel(it.key("reservations"), row.key)
+        look = holds.HoldLook(it.inventory._running().ground, it.ledger.comparing)
+        partition = it.engine.home("default")
+        before = replace(row, position=row.position._replace(sequence=row.position.sequence - 1))
+        assert await look.look(partition, [before]) == []
+        assert [each.name for each in await look.look(partition, [row]) or []] == [row.key]
 
 
 # The service's side -------------------------------------------------------------------------------------------------------------
@@ -453,10 +510,10 @@ async def test_what_is_corrected_between_the_look_and_the_record_is_not_found_ag
         found = await it.one()
         of = Causes.of
 
-        async def then_corrects(self: Any, partition: Any, drift: Any) -> Any:
+        async def then_corrects(self: Any, partition: Any, *drift: Any) -> Any:
             monkeypatch.setattr(Causes, "of", of)
             await it.inventory.reconciler.correct(found.number, "counted", "kim")
-            return await of(self, partition, drift)
+            return await of(self, partition, *drift)
 
         monkeypatch.setattr(Causes, "of", then_corrects)
         done = await it.inventory.reconciler.run()
@@ -473,10 +530,10 @@ async def test_what_is_being_corrected_while_one_looks_is_not_found_again_when_t
         await register.turn(found.number, ["open"], "correcting", {}, act)
         of = Causes.of
 
-        async def then_ends(self: Any, partition: Any, drift: Any) -> Any:
+        async def then_ends(self: Any, partition: Any, *drift: Any) -> Any:
             await it.by_hand("a", -3)
             await register.turn(found.number, ["correcting"], "corrected", {})
-            return await of(self, partition, drift)
+            return await of(self, partition, *drift)
 
         with monkeypatch.context() as patched:
             patched.setattr(Causes, "of", then_ends)

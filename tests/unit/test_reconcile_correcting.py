@@ -175,6 +175,23 @@ async def test_what_was_put_into_redis_beside_a_hole_that_nobody_can_read_is_not
         assert (await it.ledger.stock([A]))[0].supplied == 10
 
 
+async def test_a_cause_that_was_found_stays_found_when_the_journal_has_been_trimmed_since() -> None:
+    async with shop() as it:
+        receipt = await it.inventory.stock.deduct([Line("a", 4)], operation_id="d")
+        await it.inventory.stock.deduct([Line("b", 1)], operation_id="e")
+        await it.inventory.settled()
+        await cut_out(it, receipt, 4)
+        await it.by_hand("b", -2, 1)
+        causes = {each.sku: each.cause for each in (await it.inventory.reconciler.run()).open if each.what == "stock"}
+        assert causes == {"a": "missing_journal", "b": "manual_redis"}
+        await it.engine.wire.client.xdel(it.key("journal"), f"1-{receipt.positions[0].sequence}")
+        done = [each for each in (await it.inventory.reconciler.run()).open if each.what == "stock"]
+        assert {each.sku: each.cause for each in done} == causes
+        for each in done:
+            await it.inventory.reconciler.correct(each.number, **WHY)
+        assert (await it.sides("a"), await it.sides("b")) == (((6, 0), (6, 0)), ((9, 0), (9, 0)))
+
+
 async def test_a_hole_that_was_written_off_explains_nothing_any_more() -> None:
     async with shop() as it:
         receipt = await it.inventory.stock.deduct([Line("a", 4)], operation_id="d")
