@@ -29,6 +29,8 @@ LIVE: Final = (OPEN, CORRECTING)
 CHUNK: Final = 500
 LIMITS: Final = "reconcile:limits"
 """The setting whose row is locked while a correction is held against its limit: two at once would each be within it."""
+NEW: Final = "reconcile:new"
+"""The setting whose row is locked while new discrepancies are kept: of two that find the same, one has found it first."""
 
 Letters = Callable[[Row], Sequence[tuple[str, Mapping[str, Any]]]]
 """(sink, document) of what has become of a row: they are kept in its transaction, so that whoever dies afterwards has told it."""
@@ -76,6 +78,9 @@ class Register:
             part = found[start : start + CHUNK]
             async with self._engines.write() as connection:
                 known = await self._by_subject(connection, [each.subject for each in part])
+                if len(known) < len({each.subject for each in part}):
+                    await self._alone(connection, NEW)
+                    known = await self._by_subject(connection, [each.subject for each in part])
                 acted = await self._acted_since(connection, before, part) if before is not None else set()
                 part = [each for each in part if each.subject in known or (each.merchant, each.sku) not in acted]
                 for each in part:
@@ -206,10 +211,14 @@ class Register:
             await self._post(connection, letters, [turned])
             return turned
 
-    async def _within(self, connection: AsyncConnection, merchant: str, units: int, most: int, since_ms: int) -> None:
+    async def _alone(self, connection: AsyncConnection, name: str) -> None:
+        """Until the end of the transaction nobody else is here."""
         setting = self._store.tables.setting
-        await self._store.insert_if_absent(connection, setting, {"name": LIMITS, "value": "{}"})
-        await connection.execute(select(setting.c.value).where(setting.c.name == LIMITS).with_for_update())
+        await self._store.insert_if_absent(connection, setting, {"name": name, "value": "{}"})
+        await connection.execute(select(setting.c.value).where(setting.c.name == name).with_for_update())
+
+    async def _within(self, connection: AsyncConnection, merchant: str, units: int, most: int, since_ms: int) -> None:
+        await self._alone(connection, LIMITS)
         spent = await self._spent(connection, merchant, since_ms)
         if spent + units > most:
             raise OverLimit(spent + units)

@@ -166,7 +166,9 @@ async def test_one_subject_has_one_row_however_many_find_it_at_once(inventory: I
     assert [new for _, new in first] == [True] * 20
     assert [(row.number, new) for row, new in again[:20]] == [(row.number, False) for row, _ in first]
     assert [row.state for row in await ledger.register.gone([row.number for row, _ in first])] == ["gone"] * 20
-    assert [new for _, new in await ledger.register.keep(rows)] == [True] * 20
+    at_once = await asyncio.gather(*(ledger.register.keep(rows) for _ in range(6)))
+    assert [sum(new for _, new in each) for each in zip(*at_once, strict=True)] == [1] * 20
+    assert len({row.number for each in at_once for row, _ in each}) == 20
 
 
 async def test_of_two_corrections_at_once_one_is_within_the_limit(inventory: Inventory) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, update
 
-from inventory_sdk import DurabilityNotReached, InvalidOperation, Inventory, InventoryError, Line, NotStarted
+from inventory_sdk import DurabilityNotReached, InvalidOperation, Inventory, InventoryError, Line, NotStarted, StockFrozen
 from inventory_sdk.ledger.protocol import Entering
 from inventory_sdk.metrics import Compared, Happened
 from inventory_sdk.model import fingerprint, key_of
@@ -260,6 +260,74 @@ async def test_a_redis_behind_the_watermark_is_a_partition_that_went_back() -> N
         assert done.unopened == (0,)
 
 
+async def is_closed(*_: Any) -> comparing.Look:
+    return comparing.Look(closed="recovering")
+
+
+async def test_what_was_found_is_not_gone_while_its_partition_is_recovering(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 1)
+        await it.inventory.stock.reserve([Line("b", 1)], operation_id="lost", ttl=60)
+        await it.engine.wire.client.zrem(it.key("expiry"), key_of("default", "lost"))
+        await it.inventory.settled()
+        running = it.inventory._running()
+        assert running.embedded_worker is not None
+        await running.embedded_worker.stop()
+        sequence = await it.engine.wire.client.hget(it.key("meta"), "seq")
+        assert len(await it.found()) == 2
+        await it.engine.wire.client.hset(it.key("meta"), "seq", "1")
+        assert [row[0] for row in await it.found()] == ["partition"]
+        await it.engine.wire.client.hset(it.key("meta"), "seq", sequence)
+        with monkeypatch.context() as patched:
+            patched.setattr(comparing.Looking, "look", is_closed)
+            done = await it.inventory.reconciler.run()
+        assert (done.open, done.gone, done.unopened) == ((), 0, (0,))
+        assert {each.what for each in await it.inventory.reconciler.discrepancies()} == {"stock", "hold", "partition"}
+
+
+async def test_what_another_run_has_found_since_this_one_looked_is_not_ended_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop(rate=1.0) as it:
+        look, looks = comparing.Looking.look, 0
+
+        async def then_drifts(self: Any, partition: Any, places: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            seen = await look(self, partition, places)
+            if looks == 1:
+                await it.by_hand("a", 1)
+                assert [row[1] for row in await it.found(sku="a")] == ["a"]
+            return seen
+
+        async def at_once(*_: Any) -> None: ...
+
+        monkeypatch.setattr(comparing.Pace, "take", at_once)
+        monkeypatch.setattr(comparing.Looking, "look", then_drifts)
+        done = await it.inventory.reconciler.run()
+        assert (done.skus, done.gone) == (2, 0)
+        assert [each.sku for each in await it.inventory.reconciler.discrepancies()] == ["a"]
+
+
+async def test_a_refused_sale_whose_void_is_still_to_be_made_is_no_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        rows, upkeep = it.ledger.tables.stock, it.engine.upkeep
+
+        async def not_now(*_: Any) -> None:
+            raise StockFrozen("not now", retry_after=0.1)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(upkeep, "void", not_now)
+            async with it.ledger.engine.begin() as connection:
+                await connection.execute(update(rows).where(rows.c.sku == "a").values(available=0, sold=10))
+            await it.inventory.stock.deduct([Line("a", 4)], operation_id="refused")
+            await it.inventory.settled()
+            async with it.ledger.engine.begin() as connection:
+                await connection.execute(update(rows).where(rows.c.sku == "a").values(available=10, sold=0))
+            assert (await it.inventory.stock.level("a")).available == 6
+            (void,) = await it.ledger.comparing.refused(0, 1)
+            assert void.state == "pending"
+            assert await it.found() == []
+
+
 # Holds --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +344,12 @@ async def test_a_hold_whose_end_was_put_off_past_its_own_record_is_found() -> No
         await it.inventory.stock.reserve([Line("a", 1)], operation_id="late", ttl=60)
         await it.engine.wire.client.zincrby(it.key("expiry"), 3_600_000, key_of("default", "late"))
         assert [row[:3] for row in await it.found()] == [("hold", "late", "expiry_lost")]
+
+
+@pytest.mark.parametrize(("due", "unending"), [(None, True), (5, False), (10**15, False)])
+def test_a_pinned_hold_must_have_a_time_and_which_is_its_deciders_affair(due: int | None, unending: bool) -> None:
+    record = holds.RS.join(("p", "1-2", "", "1700000000000", "o"))
+    assert (holds.unending(record, due) is not None) == unending
 
 
 async def test_a_hold_that_is_gone_from_redis_is_found_and_one_that_was_closed_is_not() -> None:
@@ -443,6 +517,18 @@ async def test_stock_that_changed_hands_is_left_to_the_next_run_of_what_was_touc
         assert (await it.inventory.reconciler.run(touched=True)).moving == (A,)
         await it.by_hand("a", 1)
         assert [row[:2] for row in await it.found(touched=True)] == [("stock", "a")]
+
+
+async def test_a_partition_that_could_not_be_looked_at_is_touched_until_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.settled()
+        await it.inventory.reconciler.run(touched=True)
+        await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
+        await it.inventory.settled()
+        with monkeypatch.context() as patched:
+            patched.setattr(comparing.Looking, "look", is_closed)
+            assert (await it.inventory.reconciler.run(touched=True)).unopened == (0,)
+        assert (await it.inventory.reconciler.run(touched=True)).skus == 1
 
 
 async def test_what_moves_redis_only_is_touched_as_well() -> None:

@@ -6,12 +6,14 @@ import asyncio
 from typing import Any
 
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from inventory_sdk import InvalidOperation, Line, OutcomeUnknown, StockFrozen
 from inventory_sdk.ledger.register import AnotherState
 from inventory_sdk.model import key_of
 from inventory_sdk.reconcile import comparing
+from inventory_sdk.reconcile.causes import Causes
+from inventory_sdk.reconcile.model import Cause
 from inventory_sdk.stock.wire import NotExecuted
 from tests.reconcile_kit import Shop, shop
 from tests.unit.test_reconcile import cut_out
@@ -82,6 +84,23 @@ async def test_what_the_ledger_missed_is_written_off_there_and_redis_stays_as_it
         assert [row[:3] for row in await it.found(sku="a")] == [("stock", "a", "missing_journal")]
 
 
+async def test_a_missing_range_with_reservations_in_it_says_why_it_is_not_written_off() -> None:
+    async with shop() as it:
+        receipt = await it.inventory.stock.reserve([Line("a", 4)], operation_id="r", ttl=60)
+        await it.inventory.stock.deduct([Line("b", 1)], operation_id="e")
+        await it.inventory.settled()
+        await cut_out(it, receipt, 0)
+        tables = it.ledger.tables
+        async with it.ledger.engine.begin() as connection:
+            await connection.execute(delete(tables.reservation_line))
+            await connection.execute(delete(tables.reservation))
+            await connection.execute(update(tables.stock).where(tables.stock.c.sku == "a").values(available=10, reserved=0))
+        found = await it.one(sku="a")
+        assert (found.cause, found.available, found.reserved) == ("missing_journal", -4, 4)
+        with pytest.raises(InvalidOperation, match="reservations are among what is missing"):
+            await it.inventory.reconciler.correct(found.number, **WHY)
+
+
 async def test_the_services_table_is_brought_in_line_through_writes_stock() -> None:
     async with shop(own=True, writes=True) as it:
         it.own["a"] += 3
@@ -119,6 +138,36 @@ async def test_a_hold_that_lost_its_end_gets_it_back() -> None:
         assert (await it.inventory.reconciler.run()).clean
         with pytest.raises(InvalidOperation, match="gave a hold an end"):
             await it.inventory.reconciler.undo(found.number, **WHY)
+
+
+async def test_a_pinned_hold_is_its_deciders_and_not_given_an_end() -> None:
+    async with shop() as it:
+        await it.inventory.stock.reserve([Line("a", 1)], operation_id="r", ttl=60)
+        client, hold = it.engine.wire.client, key_of("default", "r")
+        record = (await client.hget(it.key("reservations"), hold)).decode()
+        await client.hset(it.key("reservations"), hold, f"p{record[1:]}")
+        await client.zrem(it.key("expiry"), hold)
+        found = await it.one()
+        with pytest.raises(InvalidOperation, match="it is pinned"):
+            await it.inventory.reconciler.correct(found.number, **WHY)
+
+
+async def test_a_hold_that_has_ended_before_its_time_was_set_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.stock.reserve([Line("a", 1)], operation_id="r", ttl=60)
+        await it.engine.wire.client.zrem(it.key("expiry"), key_of("default", "r"))
+        found, register = await it.one(), it.ledger.register
+        turn = register.turn
+
+        async def then_is_released(*arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(register, "turn", turn)
+            turned = await turn(*arguments, **options)
+            await it.inventory.stock.release("r")
+            return turned
+
+        monkeypatch.setattr(register, "turn", then_is_released)
+        assert (await it.inventory.reconciler.correct(found.number, **WHY)).state == "corrected"
+        assert await it.sides() == ((10, 0), (10, 0))
 
 
 async def test_an_overdue_one_expires_and_its_units_come_back() -> None:
@@ -317,12 +366,78 @@ def loses_the_reply(monkeypatch: pytest.MonkeyPatch, it: Shop) -> None:
     monkeypatch.setattr(upkeep, "correct", then_dies)
 
 
-@pytest.mark.parametrize("way", ["redis", "write_off"])
+def names_a_missing_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the ledger had missed what has raised Redis."""
+
+    async def of(self: Any, partition: Any, drift: Any, before: Any) -> Any:
+        return Cause.MISSING_JOURNAL, {"epoch": drift.epoch}
+
+    monkeypatch.setattr(Causes, "of", of)
+
+
+async def test_what_the_ledger_missed_of_what_came_back_is_supplied_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        names_a_missing_range(monkeypatch)
+        await it.by_hand("a", 3)
+        found = await it.one()
+        await it.inventory.reconciler.correct(found.number, **WHY)
+        assert await it.sides() == ((13, 0), (13, 0))
+        await it.inventory.reconciler.undo(found.number, **WHY)
+        assert await it.sides() == ((13, 0), (10, 0))
+
+
+async def test_a_half_that_went_with_its_redis_is_no_half_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        names_a_missing_range(monkeypatch)
+        await it.by_hand("a", 3)
+        found, stock = await it.one(), it.inventory.stock
+
+        async def dies(*_: Any, **__: Any) -> None:
+            raise OutcomeUnknown("x", "lost")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(stock), "adjust", dies)
+            with pytest.raises(OutcomeUnknown):
+                await it.inventory.reconciler.correct(found.number, **WHY)
+        await it.inventory.settled()
+        await it.engine.wire.client.delete(*it.engine.partitions[0].keys)
+        async with asyncio.timeout(20):
+            while (await it.engine.partitions[0].hello()).state != "open":
+                await asyncio.sleep(0.05)
+        with pytest.raises(StockFrozen, match="epoch 1"):
+            await it.inventory.reconciler.correct(found.number, **WHY)
+        assert await it.sides() == ((10, 0), (10, 0))
+        assert (await it.inventory.reconciler.run()).gone == 1
+        assert await it.ledger.register.spent("default", 0) == 0
+
+
+async def test_while_redis_does_not_sell_a_correction_waits_and_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found, upkeep = await it.one(), it.engine.upkeep
+        correct = upkeep.correct
+
+        async def then_is_frozen(*arguments: Any, **options: Any) -> None:
+            await correct(*arguments, **options)  # its reply was lost, and the repeat met a partition that is suspect
+            raise StockFrozen("suspect", retry_after=0.1)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(upkeep, "correct", then_is_frozen)
+            with pytest.raises(StockFrozen):
+                await it.inventory.reconciler.correct(found.number, **WHY)
+        assert (await it.inventory.reconciler.discrepancy(found.number)).state == "correcting"
+        assert (await it.inventory.reconciler.correct(found.number, **WHY)).state == "corrected"
+        assert await it.sides() == ((10, 0), (10, 0))
+
+
+@pytest.mark.parametrize("way", ["redis", "write_off", "supply"])
 async def test_one_that_is_gone_on_with_after_redis_has_forgotten_its_id_moves_nothing_more(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with shop() as it:
-        if way == "redis":
+        if way == "supply":
+            names_a_missing_range(monkeypatch)
+        if way != "write_off":
             await it.by_hand("a", 3)
         else:
             receipt = await it.inventory.stock.deduct([Line("a", 4)], operation_id="d")
@@ -336,8 +451,34 @@ async def test_one_that_is_gone_on_with_after_redis_has_forgotten_its_id_moves_n
         await it.engine.wire.client.delete(it.key("results:0"), it.key("results:1"))
         assert (await it.inventory.reconciler.correct(found.number, **WHY)).state == "corrected"
         redis, ledger = await it.sides()
-        assert redis == ledger == {"redis": (10, 0), "write_off": (6, 0)}[way]
-        assert await it.ledger.verify() == [] or way != "redis"
+        assert redis == ledger == {"redis": (10, 0), "write_off": (6, 0), "supply": (13, 0)}[way]
+
+
+async def test_one_that_is_gone_on_with_before_the_ledger_has_heard_of_it_waits_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found, asked, ledger = await it.one(), asyncio.Event(), it.ledger
+        apply, watermark = ledger.apply, it.inventory._running().ground.watermark
+        reached = watermark.reached
+
+        async def applies(*arguments: Any, **options: Any) -> Any:
+            await asked.wait()
+            return await apply(*arguments, **options)
+
+        async def is_asked(*arguments: Any) -> None:
+            asked.set()
+            await reached(*arguments)
+
+        await it.inventory.settled()
+        loses_the_reply(monkeypatch, it)
+        monkeypatch.setattr(ledger, "apply", applies)
+        with pytest.raises(OutcomeUnknown):
+            await it.inventory.reconciler.correct(found.number, **WHY)
+        await it.engine.wire.client.delete(it.key("results:0"), it.key("results:1"))
+        monkeypatch.setattr(watermark, "reached", is_asked)
+        assert (await it.inventory.reconciler.correct(found.number, **WHY)).state == "corrected"
+        asked.set()
+        assert await it.sides() == ((10, 0), (10, 0))
 
 
 async def test_all_who_go_on_with_one_at_once_get_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:

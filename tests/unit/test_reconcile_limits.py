@@ -10,6 +10,7 @@ from sqlalchemy import update
 
 from inventory_sdk import InvalidOperation
 from inventory_sdk.errors import OutcomeUnknown
+from inventory_sdk.ledger.accounts import NewRow
 from inventory_sdk.reconcile.model import DAY
 from tests.reconcile_kit import shop
 
@@ -62,6 +63,24 @@ async def test_a_merchants_corrections_of_a_day_are_limited_and_what_was_refused
             with pytest.raises(InvalidOperation, match="would move 7 units in 24 hours, 5 are allowed"):
                 await it.inventory.reconciler.correct(second.number, **WHY)
         assert [row[1] for row in await it.found()] == ["b"]
+
+
+async def test_only_ones_own_corrections_of_the_last_day_count() -> None:
+    async with shop(limits={"default": 5}) as it:
+        await it.by_hand("a", 4)
+        await it.by_hand("b", 4)
+        first, second = (await it.inventory.reconciler.run()).open
+        await it.inventory.reconciler.correct(first.number, **WHY)
+        register, audit = it.ledger.register, it.ledger.tables.audit
+        ((other, _),) = await register.keep([NewRow("m2", "x", "manual_redis", "stock\x1fm2\x1fx")])
+        act = {"kind": "correct", "actor": "kim", "operation_id": "o", "details": {}, "units": 5}
+        await register.turn(other.number, ["open"], "correcting", {}, act, limit=(5, 0))  # what another merchant's have moved is its own
+        with pytest.raises(InvalidOperation, match="would move 8 units"):
+            await it.inventory.reconciler.correct(second.number, **WHY)
+        yesterday = int((time.time() - DAY - 60) * 1000)
+        async with it.ledger.engine.begin() as connection:
+            await connection.execute(update(audit).values(created_ms=yesterday))
+        assert (await it.inventory.reconciler.correct(second.number, **WHY)).state == "corrected"
 
 
 @pytest.mark.parametrize("told", [False, True])

@@ -174,7 +174,9 @@ async def test_the_template_stands_before_the_first_document_and_is_made_once(el
     await elastic.write([told(2)])
     assert double.requests[:2] == ["PUT /_index_template/inventory-discrepancies", "PUT /_bulk"]
     assert [each for each in double.requests if "template" in each] == double.requests[:1]
-    assert double.templates["inventory-discrepancies"]["data_stream"] == {}
+    template = double.templates["inventory-discrepancies"]
+    assert template["data_stream"] == {}
+    assert template["template"]["mappings"]["dynamic"] == "strict"
 
 
 async def test_documents_go_in_bulks_of_a_bounded_size(elastic: ElasticsearchSink, double: Elasticsearch) -> None:
@@ -226,6 +228,49 @@ async def test_a_document_that_no_mapping_fits_is_named_and_not_sent_for_ever(el
     assert refused.value.ids == ("ns-2-found",)
     assert double.bulks == [3, 1]
     assert len(double.documents()) == 2
+
+
+async def test_words_that_no_utf_8_can_hold_arrive_and_hold_up_nobody(elastic: ElasticsearchSink, double: Elasticsearch) -> None:
+    correction = {"reason": "nul \x00 and \ud800"}
+    await elastic.write([told(1), told(2, "corrected", correction=correction), told(3)])
+    assert [each["correction"] for each in double.documents()] == [None, correction, None]
+
+
+async def test_a_request_that_is_too_large_goes_in_parts(elastic: ElasticsearchSink, double: Elasticsearch) -> None:
+    double.most = 3
+    await elastic.write([told(number, sku=f"s-{number}") for number in range(1, 11)])
+    assert len(double.documents()) == 10
+
+
+async def test_one_that_is_too_large_by_itself_is_named_and_the_others_are_taken(double: Elasticsearch, elastic: ElasticsearchSink) -> None:
+    await elastic.write([told(1)])
+    double.most = 0
+    with pytest.raises(SinkRefused, match="status 413") as refused:
+        await elastic.write([told(2), told(3)])
+    assert refused.value.ids == ("ns-2-found", "ns-3-found")
+
+
+async def test_a_template_that_the_server_refuses_is_no_documents_fault(double: Elasticsearch, elastic: ElasticsearchSink) -> None:
+    double.failing, double.status = 1, 400
+    with pytest.raises(SinkAway, match="refused: 400"):
+        await elastic.write([told(1), told(2)])
+
+
+async def test_before_anything_was_written_nothing_is_found(elastic: ElasticsearchSink) -> None:
+    assert await elastic.search(merchant="m1") == []
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({"available": True}, "True, not long"), ({"found_ms": 2**63}, "not long"), ({"sku": "x" * 40_000}, "not keyword"), ({"sku": 7}, "7")],
+)
+async def test_the_double_refuses_what_a_server_would(
+    more: dict[str, Any], why: str, elastic: ElasticsearchSink, double: Elasticsearch
+) -> None:
+    document = Document("ns-1-found", 1, "found", "ns", found(1, **more))
+    with pytest.raises(SinkRefused, match=why):
+        await elastic.write([document])
+    assert double.documents() == []
 
 
 async def test_what_was_written_is_found_by_merchant_sku_cause_and_event(elastic: ElasticsearchSink) -> None:
