@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import delete, func, insert, or_, select, update
 
-from inventory_sdk.errors import InventoryError
-from inventory_sdk.ledger.accounts import AuditRow, NewRow, Row
+from inventory_sdk.ledger.accounts import AnotherState, AuditRow, NewRow, OverLimit, Row
 from inventory_sdk.ledger.apply import call_writes
 from inventory_sdk.ledger.engines import Engines
 from inventory_sdk.ledger.protocol import WritesStock
@@ -20,6 +19,8 @@ from inventory_sdk.model import Movement
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+__all__ = ["Acts", "AnotherState", "Letters", "OverLimit", "Register"]
 
 OPEN: Final = "open"
 CORRECTING: Final = "correcting"
@@ -34,18 +35,6 @@ NEW: Final = "reconcile:new"
 
 Letters = Callable[[Row], Sequence[tuple[str, Mapping[str, Any]]]]
 """(sink, document) of what has become of a row: they are kept in its transaction, so that whoever dies afterwards has told it."""
-
-
-class AnotherState(InventoryError):
-    """The discrepancy is not in the state that this act begins from."""
-
-
-class OverLimit(InventoryError):
-    """So many units would have been moved, with what corrections of this merchant have moved since the day began."""
-
-    def __init__(self, units: int) -> None:
-        super().__init__(f"corrections would move {units} units")
-        self.units = units
 
 
 @dataclass(frozen=True, slots=True)

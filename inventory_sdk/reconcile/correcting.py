@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from inventory_sdk.beside import Ground
 from inventory_sdk.errors import InsufficientStock, InvalidOperation, InventoryError, StockFrozen
-from inventory_sdk.ledger.accounts import Row
+from inventory_sdk.ledger.accounts import AnotherState, OverLimit, Row
 from inventory_sdk.ledger.protocol import WritesStock
-from inventory_sdk.ledger.register import AnotherState, OverLimit
 from inventory_sdk.model import Line, Movement, Position, key_of
 from inventory_sdk.reconcile.model import DAY, Cause, Correction, Discrepancy, Reconcile, What, discrepancy
 from inventory_sdk.reconcile.redis_side import read_holds

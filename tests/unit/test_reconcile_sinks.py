@@ -482,6 +482,18 @@ async def test_a_sink_that_never_answers_is_given_up_and_left_alone_for_a_while(
         assert sink.told() == [("found", 1, "open")]
 
 
+async def test_more_letters_than_are_read_at_once_are_all_delivered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telling, "LETTERS", 2)
+    monkeypatch.setattr(telling, "FRESH_MS", -1)
+    sink = Kept()
+    sink.gate.set()
+    async with shop(sinks=[sink]) as it:
+        await it.ledger.register.post("mine", [told(number).fields() for number in range(1, 8)])
+        assert await it.inventory.reconciler._here().teller.deliver()
+        assert [each.discrepancy.number for each in sink.documents] == list(range(1, 8))
+        assert await it.ledger.register.letters("mine", 10) == []
+
+
 @pytest.mark.parametrize(("ids", "aside"), [(["nobody's"], 2), ([], 1)])
 async def test_what_a_sink_refuses_by_names_that_nobody_gave_is_not_lost(ids: list[str], aside: int) -> None:
     sink = Kept()
