@@ -152,7 +152,10 @@ async def test_a_pinned_hold_is_its_deciders_and_not_given_an_end() -> None:
             await it.inventory.reconciler.correct(found.number, **WHY)
 
 
-async def test_a_hold_that_has_ended_before_its_time_was_set_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("meanwhile", ["released", "pinned"])
+async def test_a_hold_that_has_ended_or_was_pinned_before_its_time_was_set_needs_none(
+    meanwhile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with shop() as it:
         await it.inventory.stock.reserve([Line("a", 1)], operation_id="r", ttl=60)
         await it.engine.wire.client.zrem(it.key("expiry"), key_of("default", "r"))
@@ -162,12 +165,18 @@ async def test_a_hold_that_has_ended_before_its_time_was_set_needs_none(monkeypa
         async def then_is_released(*arguments: Any, **options: Any) -> Any:
             monkeypatch.setattr(register, "turn", turn)
             turned = await turn(*arguments, **options)
-            await it.inventory.stock.release("r")
+            if meanwhile == "released":
+                await it.inventory.stock.release("r")
+            else:
+                client, hold = it.engine.wire.client, key_of("default", "r")
+                record = (await client.hget(it.key("reservations"), hold)).decode()
+                await client.hset(it.key("reservations"), hold, f"p{record[1:]}")
             return turned
 
         monkeypatch.setattr(register, "turn", then_is_released)
         assert (await it.inventory.reconciler.correct(found.number, **WHY)).state == "corrected"
-        assert await it.sides() == ((10, 0), (10, 0))
+        left = (10, 0) if meanwhile == "released" else (9, 1)
+        assert await it.sides() == (left, left)
 
 
 async def test_an_overdue_one_expires_and_its_units_come_back() -> None:
