@@ -21,7 +21,7 @@ NDJSON_TYPES = ("application/vnd.elasticsearch+x-ndjson", "application/x-ndjson"
 @dataclass
 class Elasticsearch:
     """``busy``: so many bulk items, from the first on, are answered 429 each time they come. ``failing``: so many requests in a row are
-    answered with ``status``; ``refuse``: ids of documents that no mapping fits."""
+    answered with ``status``; ``most``: items that one bulk may have; ``refuse``: ids or SKUs of documents that no mapping fits."""
 
     url: str = ""
     templates: dict[str, Any] = field(default_factory=dict)
@@ -29,6 +29,7 @@ class Elasticsearch:
     failing: int = 0
     status: int = 503
     busy: int = 0
+    most: int = 10**6
     refuse: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     bulks: list[int] = field(default_factory=list)
@@ -43,6 +44,14 @@ def _answer(status: int, body: Any) -> web.Response:
 
 def _error(status: int, kind: str, reason: str) -> web.Response:
     return _answer(status, {"error": {"type": kind, "reason": reason}, "status": status})
+
+
+def _fits(kind: str, value: Any) -> bool:
+    if kind in ("long", "date"):
+        return type(value) is int and abs(value) < 2**63
+    if kind == "keyword":
+        return isinstance(value, str) and len(value.encode()) <= 32_766  # Lucene's longest term
+    return isinstance(value, {"object": dict, "text": str}[kind])
 
 
 class _Server:
@@ -66,6 +75,7 @@ class _Server:
     async def template(self, request: web.Request) -> web.Response:
         body = await request.json()
         unknown = set(body) - {"index_patterns", "data_stream", "priority", "template", "version", "_meta", "composed_of"}
+        unknown |= set(body.get("template", {})) - {"mappings", "settings", "aliases", "lifecycle"}
         if unknown or not body.get("index_patterns"):
             return _error(400, "parse_exception", f"unknown or missing: {unknown}")
         properties = body["template"]["mappings"]["properties"]
@@ -85,8 +95,13 @@ class _Server:
         raw = await request.read()
         if not raw.endswith(b"\n"):
             return _error(400, "illegal_argument_exception", "The bulk request must be terminated by a newline [\\n]")
-        lines = [json.loads(line) for line in raw.split(b"\n")[:-1]]
-        if len(lines) % 2:
+        try:
+            lines = [json.loads(line.decode()) for line in raw.split(b"\n")[:-1]]
+        except ValueError as error:  # no UTF-8, or no JSON
+            return _error(400, "x_content_parse_exception", str(error))
+        if len(lines) // 2 > self.state.most:
+            return _error(413, "content_too_large", "the request is too large")
+        if not lines or len(lines) % 2:
             return _error(400, "illegal_argument_exception", "an action without its document")
         self.state.bulks.append(len(lines) // 2)
         items = [{"create": self.create(request, *lines[at : at + 2])} for at in range(0, len(lines), 2)]
@@ -98,6 +113,8 @@ class _Server:
 
         (verb, about), *more = action.items()
         stream, identity = about.get("_index", ""), about.get("_id", "")
+        if set(about) - {"_index", "_id"} or not 0 < len(identity.encode()) <= 512:
+            return refused(400, "illegal_argument_exception", f"Malformed action/metadata line: {about}")
         if verb != "create" or more:
             return refused(400, "illegal_argument_exception", "only write ops with an op_type of create are allowed in data streams")
         if request.query.get("require_data_stream") != "true":
@@ -108,14 +125,15 @@ class _Server:
         if self.state.busy:
             self.state.busy -= 1
             return refused(429, "es_rejected_execution_exception", "rejected execution")
-        if identity in self.state.refuse:
+        if {identity, document.get("sku")} & self.state.refuse:
             return refused(400, "document_parsing_exception", "no mapping fits")
         for name, value in document.items():
             kind = mapping["properties"].get(name)
-            if kind is None:
+            if kind is None and mapping.get("dynamic") == "strict":
                 return refused(400, "strict_dynamic_mapping_exception", f"introduction of [{name}] is not allowed")
-            fits = {"keyword": str, "long": int, "date": int, "object": dict}[kind["type"]]
-            if value is not None and not isinstance(value, fits):
+            if kind is None:
+                mapping["properties"][name] = {"type": "text"}  # as a server would, in the index: a test sees that it grew
+            elif value is not None and not _fits(kind["type"], value):
                 return refused(400, "document_parsing_exception", f"[{name}] is {value!r}, not {kind['type']}")
         if "@timestamp" not in document:
             return refused(400, "document_parsing_exception", "data stream timestamp field [@timestamp] is missing")
@@ -131,6 +149,8 @@ class _Server:
             return _error(404, "index_not_found_exception", f"no such index [{stream}]")
         mapping = self.mapping(stream)
         assert mapping is not None
+        if set(body) - {"query", "sort", "size", "from", "_source"} or not 0 <= body.get("size", 10) <= 10_000:
+            return _error(400, "illegal_argument_exception", "unknown keys, or a result window that is too large")
         found = self.state.documents(stream)
         for term in body["query"]["bool"]["filter"]:
             ((name, value),) = term["term"].items()

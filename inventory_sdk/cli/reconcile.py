@@ -32,7 +32,9 @@ def reconcile(
     undo: Annotated[int | None, typer.Option(metavar="NUMBER", help="Undo the correction of this discrepancy; needs --reason.")] = None,
     reason: Annotated[str | None, typer.Option(help="Why; it is kept with the correction.")] = None,
     who: Annotated[str | None, typer.Option(help="Who; by default the user of this machine.")] = None,
-    confirm: Annotated[bool, typer.Option("--confirm", help="Also where it moves more units than need no second look.")] = False,
+    confirm: Annotated[
+        int, typer.Option(metavar="UNITS", min=0, help="The units that it said it would move, where they are too many for one look.")
+    ] = 0,
 ) -> None:
     """Compare, and list what disagrees with its cause. A worker must run. Exit code 1 when anything disagrees or could not be done."""
     if correct is not None and undo is not None:
@@ -95,13 +97,13 @@ async def proposed(inventory: Inventory, number: int) -> bool:
     if found.why_not:
         typer.echo(f"FAILED  {number} can't be corrected: {found.why_not}")
     elif found.needs_confirmation:
-        typer.echo(f"        {found.units} units: --confirm is needed besides --reason")
+        typer.echo(f"        {found.units} units: --confirm {found.units} is needed besides --reason")
     else:
         typer.echo("        nothing was done; give a --reason to do it")
     return not found.why_not
 
 
-async def corrected(inventory: Inventory, number: int, reason: str, who: str, confirm: bool) -> bool:
+async def corrected(inventory: Inventory, number: int, reason: str, who: str, confirm: int) -> bool:
     """Correct and say so; False when it was refused."""
     from inventory_sdk.errors import InventoryError
 

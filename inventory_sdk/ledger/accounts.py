@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from inventory_sdk.errors import InventoryError
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -115,3 +117,15 @@ class AuditRow:
     operation_id: str | None
     details: dict[str, Any]
     created_ms: int
+
+
+class AnotherState(InventoryError):
+    """The discrepancy is not in the state that this act begins from."""
+
+
+class OverLimit(InventoryError):
+    """So many units would have been moved, with what corrections of this merchant have moved since the day began."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__(f"corrections would move {units} units")
+        self.units = units

@@ -107,7 +107,7 @@ class Comparing:
 
     async def touched(self, partition: int, since: dict[int, int], upto: dict[int, int]) -> list[str]:
         """SKUs that anything between these two marks has touched, in order."""
-        change, void = self._store.tables.change, self._store.tables.void
+        change, void, operation = self._store.tables.change, self._store.tables.void, self._store.tables.operation
         fields: set[str] = set()
         async with self._engines.read() as connection:
             for epoch, last in upto.items():
@@ -121,7 +121,20 @@ class Comparing:
                 between = [void.c.partition == partition, void.c.epoch == epoch, void.c.seq > first, void.c.seq <= last]
                 for deltas in (await connection.execute(select(void.c.deltas).where(*between))).scalars():
                     fields.update(json.loads(deltas)[::3])
+                # What moves Redis only may come long after the change that it belongs to.
+                between = [operation.c.partition == partition, operation.c.epoch == epoch, operation.c.seq > first, operation.c.seq <= last]
+                beside = select(operation.c.kind, operation.c.receipt).where(*between, operation.c.kind.in_(BESIDE))
+                for kind, receipt in await connection.execute(beside):
+                    fields.update(json.loads(receipt)[0][:: 2 if kind == Kind.CREDIT.value else 3])
         return sorted(fields)
+
+    async def made(self, merchant: str, names: Sequence[str], since_ms: int) -> set[str]:
+        """Which of these operations the ledger has, that were journaled since then."""
+        operation = self._store.tables.operation
+        where = (operation.c.merchant == merchant, operation.c.at_ms >= since_ms, operation.c.operation_id.in_(list(names)))
+        async with self._engines.read() as connection:
+            found = await connection.execute(select(operation.c.operation_id).where(*where, operation.c.status == APPLIED))
+            return set(found.scalars())
 
     async def past(self, field: str, limit: int) -> list[Past]:
         """The newest changes of one SKU with their operations."""

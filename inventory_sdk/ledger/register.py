@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, or_, select, update
 
-from inventory_sdk.errors import InventoryError
-from inventory_sdk.ledger.accounts import AuditRow, NewRow, Row
+from inventory_sdk.ledger.accounts import AnotherState, AuditRow, NewRow, OverLimit, Row
 from inventory_sdk.ledger.apply import call_writes
 from inventory_sdk.ledger.engines import Engines
 from inventory_sdk.ledger.protocol import WritesStock
@@ -21,15 +20,29 @@ from inventory_sdk.model import Movement
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+__all__ = ["Acts", "AnotherState", "Letters", "OverLimit", "Register"]
+
 OPEN: Final = "open"
 CORRECTING: Final = "correcting"
+UNDOING: Final = "undoing"
 LIVE: Final = (OPEN, CORRECTING)
 """States in which the subject is taken."""
 CHUNK: Final = 500
+LIMITS: Final = "reconcile:limits"
+"""The setting whose row is locked while a correction is held against its limit: two at once would each be within it."""
+NEW: Final = "reconcile:new"
+"""The setting whose row is locked while new discrepancies are kept: of two that find the same, one has found it first."""
+
+Letters = Callable[[Row], Sequence[tuple[str, Mapping[str, Any]]]]
+"""(sink, document) of what has become of a row: they are kept in its transaction, so that whoever dies afterwards has told it."""
 
 
-class AnotherState(InventoryError):
-    """The discrepancy is not in the state that this act begins from."""
+@dataclass(frozen=True, slots=True)
+class Acts:
+    """What people do, as it stood before a look: the newest act, and what (merchant, SKU) is being corrected or undone."""
+
+    newest: int
+    under_way: frozenset[tuple[str, str | None]]
 
 
 def _now() -> int:
@@ -46,15 +59,21 @@ class Register:
 
     # Discrepancies -------------------------------------------------------------------------------------------------------------
 
-    async def keep(self, found: Sequence[NewRow]) -> list[tuple[Row, bool]]:
-        """A row for each, and whether it is new. One that is open already is brought up to date; one that is being corrected stays."""
+    async def keep(self, found: Sequence[NewRow], letters: Letters | None = None, before: Acts | None = None) -> list[tuple[Row, bool]]:
+        """A row for each, and whether it is new. One that is open already is brought up to date; one that is being corrected stays.
+        ``before``: how acts stood before the look. What was acted on since then is left out: the look may not have seen it."""
         table, kept = self._table, []
         for start in range(0, len(found), CHUNK):
             part = found[start : start + CHUNK]
             async with self._engines.write() as connection:
-                before = await self._by_subject(connection, [each.subject for each in part])
+                known = await self._by_subject(connection, [each.subject for each in part])
+                if len(known) < len({each.subject for each in part}):
+                    await self._alone(connection, NEW)
+                    known = await self._by_subject(connection, [each.subject for each in part])
+                acted = await self._acted_since(connection, before, part) if before is not None else set()
+                part = [each for each in part if each.subject in known or (each.merchant, each.sku) not in acted]
                 for each in part:
-                    row = before.get(each.subject)
+                    row = known.get(each.subject)
                     if row is None:
                         values = {
                             "merchant": each.merchant, "sku": each.sku, "kind": each.kind, "state": OPEN, "subject": each.subject,
@@ -65,8 +84,26 @@ class Register:
                         changed = update(table).where(table.c.number == row.number, table.c.state == OPEN)
                         await connection.execute(changed.values(kind=each.kind, details=dumps(each.details)))
                 after = await self._by_subject(connection, [each.subject for each in part])
-                kept += [(after[each.subject], each.subject not in before) for each in part if each.subject in after]
+                now = [(after[each.subject], each.subject not in known) for each in part if each.subject in after]
+                await self._post(connection, letters, [row for row, new in now if new])
+                kept += now
         return kept
+
+    async def acts(self) -> Acts:
+        """As they stand now."""
+        audit, table = self._store.tables.audit, self._table
+        async with self._engines.read() as connection:
+            # Asked first: an act that begins in between is newer, and one that has begun before is under way, or done.
+            newest = (await connection.execute(select(func.coalesce(func.max(audit.c.number), 0)))).scalar_one()
+            under_way = await connection.execute(select(table.c.merchant, table.c.sku).where(table.c.state.in_((CORRECTING, UNDOING))))
+            return Acts(int(newest), frozenset((merchant, sku) for merchant, sku in under_way))
+
+    async def _acted_since(self, connection: AsyncConnection, before: Acts, found: Sequence[NewRow]) -> set[tuple[str, str | None]]:
+        audit = self._store.tables.audit
+        merchants = {each.merchant for each in found}
+        where = (audit.c.number > before.newest, audit.c.merchant.in_(merchants), audit.c.kind.in_(("correct", "undo")))
+        query = select(audit.c.merchant, audit.c.sku).where(*where)
+        return {(merchant, sku) for merchant, sku in await connection.execute(query)} | before.under_way
 
     async def _by_subject(self, connection: AsyncConnection, subjects: Sequence[str]) -> dict[str, Row]:
         found = await connection.execute(select(*self._columns()).where(self._table.c.subject.in_(subjects)))
@@ -118,14 +155,19 @@ class Register:
         row = (await connection.execute(select(*self._columns()).where(self._table.c.number == number))).first()
         return None if row is None else _row(row)
 
-    async def gone(self, numbers: Sequence[int]) -> int:
-        """These open ones were looked at and are no more; how many."""
-        table, ended = self._table, 0
-        async with self._engines.write() as connection:
-            for start in range(0, len(numbers), CHUNK):
+    async def gone(self, numbers: Sequence[int], letters: Letters | None = None) -> list[Row]:
+        """These were looked at and are no more; those of them that were still open, as they are now."""
+        table, ended = self._table, []
+        for start in range(0, len(numbers), CHUNK):
+            async with self._engines.write() as connection:
                 where = (table.c.number.in_(numbers[start : start + CHUNK]), table.c.state == OPEN)
-                done = await connection.execute(update(table).where(*where).values(state="gone", subject=None, resolved_ms=_now()))
-                ended += done.rowcount
+                locked = await connection.execute(select(*self._columns()).where(*where).order_by(table.c.number).with_for_update())
+                values: dict[str, Any] = {"state": "gone", "subject": None, "resolved_ms": _now()}
+                now = [replace(_row(row), **values) for row in locked]
+                if now:
+                    await connection.execute(update(table).where(table.c.number.in_([row.number for row in now])).values(**values))
+                await self._post(connection, letters, now)
+                ended += now
         return ended
 
     async def turn(
@@ -137,9 +179,12 @@ class Register:
         audit: Mapping[str, Any] | None = None,
         writes: Sequence[WritesStock] = (),
         movements: Sequence[Movement] = (),
+        limit: tuple[int, int] | None = None,
+        letters: Letters | None = None,
     ) -> Row:
         """From one of ``begins`` to ``ends``, with a row of audit (``kind``, ``actor``, ``operation_id``, ``details``, ``units``) and,
-        for the service's own tables, a call of ``writes``: all or nothing. ``AnotherState`` where it stands elsewhere."""
+        for the service's own tables, a call of ``writes``: all or nothing. ``limit``: most units of the merchant's corrections, and
+        since when (ms) they count. ``AnotherState`` where it stands elsewhere, ``OverLimit``."""
         table = self._table
         async with self._engines.write() as connection:
             locked = select(table.c.state).where(table.c.number == number).with_for_update()
@@ -152,11 +197,27 @@ class Register:
             subject, resolved_ms = (row.subject, row.resolved_ms) if ends in LIVE else (None, _now())
             values = {"state": ends, "details": dumps(now), "subject": subject, "resolved_ms": resolved_ms}
             await connection.execute(update(table).where(table.c.number == number).values(**values))
+            if limit is not None and audit is not None:
+                await self._within(connection, row.merchant, audit.get("units", 0), *limit)
             if audit is not None:
                 await self._note(connection, row.merchant, row.sku, audit)
             if movements:
                 await call_writes(connection, writes, movements)
-            return replace(row, state=ends, details=now, subject=subject, resolved_ms=resolved_ms)
+            turned = replace(row, state=ends, details=now, subject=subject, resolved_ms=resolved_ms)
+            await self._post(connection, letters, [turned])
+            return turned
+
+    async def _alone(self, connection: AsyncConnection, name: str) -> None:
+        """Until the end of the transaction nobody else is here."""
+        setting = self._store.tables.setting
+        await self._store.insert_if_absent(connection, setting, {"name": name, "value": "{}"})
+        await connection.execute(select(setting.c.value).where(setting.c.name == name).with_for_update())
+
+    async def _within(self, connection: AsyncConnection, merchant: str, units: int, most: int, since_ms: int) -> None:
+        await self._alone(connection, LIMITS)
+        spent = await self._spent(connection, merchant, since_ms)
+        if spent + units > most:
+            raise OverLimit(spent + units)
 
     # Audit -----------------------------------------------------------------------------------------------------------------------
 
@@ -180,10 +241,17 @@ class Register:
 
     async def spent(self, merchant: str, since_ms: int) -> int:
         """Units that corrections of a merchant have moved since then."""
-        table = self._store.tables.audit
-        query = select(func.coalesce(func.sum(table.c.units), 0)).where(table.c.merchant == merchant, table.c.created_ms >= since_ms)
         async with self._engines.read() as connection:
-            return int((await connection.execute(query)).scalar_one())
+            return await self._spent(connection, merchant, since_ms)
+
+    async def _spent(self, connection: AsyncConnection, merchant: str, since_ms: int) -> int:
+        table = self._store.tables.audit
+        mine = (table.c.merchant == merchant, table.c.created_ms >= since_ms)
+        # What was refused after all names its correction: it comes later, so it may not count for less than nothing on its own.
+        refused = select(table.c.operation_id).where(*mine, table.c.kind == "refused", table.c.operation_id.is_not(None))
+        counted = or_(table.c.operation_id.is_(None), table.c.operation_id.not_in(refused))
+        query = select(func.coalesce(func.sum(table.c.units), 0)).where(*mine, table.c.units > 0, counted)
+        return int((await connection.execute(query)).scalar_one())
 
     # What a run remembers ----------------------------------------------------------------------------------------------------------
 
@@ -204,24 +272,33 @@ class Register:
     # Letters -----------------------------------------------------------------------------------------------------------------------
 
     async def post(self, sink: str, documents: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what a sink could not take."""
-        values = [{"sink": sink, "document": dumps(each), "created_ms": _now()} for each in documents]
+        """Keep documents for a sink."""
+        async with self._engines.write() as connection:
+            await self._insert_letters(connection, [(sink, each) for each in documents])
+
+    async def _post(self, connection: AsyncConnection, letters: Letters | None, changed: Sequence[Row]) -> None:
+        if letters is not None:
+            await self._insert_letters(connection, [letter for row in changed for letter in letters(row)])
+
+    async def _insert_letters(self, connection: AsyncConnection, letters: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        values = [{"sink": sink, "document": dumps(document), "created_ms": _now()} for sink, document in letters]
         if values:
-            async with self._engines.write() as connection:
-                await connection.execute(insert(self._store.tables.letter), values)
+            await connection.execute(insert(self._store.tables.letter), values)
 
-    async def letters(self, sink: str, limit: int) -> list[tuple[int, dict[str, Any]]]:
-        """The oldest that wait for this sink."""
+    async def letters(self, sink: str, limit: int, after: int = 0) -> list[tuple[int, int, dict[str, Any]]]:
+        """The oldest that wait for this sink, behind number ``after``: (number, Unix ms, document)."""
         table = self._store.tables.letter
-        query = select(table.c.number, table.c.document).where(table.c.sink == sink).order_by(table.c.number).limit(limit)
+        columns = (table.c.number, table.c.created_ms, table.c.document)
+        query = select(*columns).where(table.c.sink == sink, table.c.number > after).order_by(table.c.number).limit(limit)
         async with self._engines.read() as connection:
-            return [(number, _parsed(document)) for number, document in await connection.execute(query)]
+            return [(number, at_ms, _parsed(document)) for number, at_ms, document in await connection.execute(query)]
 
-    async def delivered(self, numbers: Sequence[int]) -> None:
-        """They have arrived."""
+    async def delivered(self, numbers: Sequence[int], aside: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> None:
+        """They have arrived, or (sink, document) are kept ``aside`` in their place."""
         table = self._store.tables.letter
         if numbers:
             async with self._engines.write() as connection:
+                await self._insert_letters(connection, aside)
                 await connection.execute(delete(table).where(table.c.number.in_(list(numbers))))
 
 

@@ -16,7 +16,7 @@ from inventory_sdk.errors import InventoryError
 from inventory_sdk.ledger.accounts import Past, Refused
 from inventory_sdk.model import LEDGER_DELTAS, JournalOperation, Kind
 from inventory_sdk.reconcile.comparing import Drift
-from inventory_sdk.reconcile.model import Cause
+from inventory_sdk.reconcile.model import Cause, Discrepancy
 from inventory_sdk.reconcile.redis_side import remembered
 from inventory_sdk.stock.batch import read_entries
 from inventory_sdk.stock.journal import decode
@@ -24,6 +24,7 @@ from inventory_sdk.stock.partition import Partition
 
 if TYPE_CHECKING:
     from inventory_sdk.ledger.comparing import Comparing
+    from inventory_sdk.ledger.register import Register
 
 HISTORY: Final = 200
 """Changes of a SKU that are looked at, newest first."""
@@ -35,6 +36,10 @@ ENTRIES: Final = 10_000
 MARGIN_MS: Final = 60_000
 """So much younger than the results window an operation must be for Redis to be expected to remember it."""
 REMEMBERED: Final = frozenset({Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST, Kind.CONFIRM, Kind.RELEASE})
+
+PAGE: Final = 500
+LEDGERS_WAYS: Final = ("write_off", "supply")
+"""Corrections that move the ledger to where Redis is."""
 
 Units = tuple[int, int]
 """(available, reserved)"""
@@ -63,14 +68,16 @@ class _Known:
 class Causes:
     """Names causes during one run."""
 
-    def __init__(self, comparing: Comparing, results_window: float) -> None:
+    def __init__(self, comparing: Comparing, register: Register, results_window: float) -> None:
         self._comparing = comparing
+        self._register = register
         self._window_ms = int(results_window * 1000)
         self._known: dict[tuple[int, int], _Known] = {}
 
-    async def of(self, partition: Partition, drift: Drift) -> tuple[Cause, dict[str, Any]]:
-        """The cause of a difference between Redis and the ledger, and the evidence."""
+    async def of(self, partition: Partition, drift: Drift, before: Discrepancy | None = None) -> tuple[Cause, dict[str, Any]]:
+        """The cause of a difference between Redis and the ledger, and the evidence. ``before``: what is on record of it."""
         base: dict[str, Any] = {
+            "epoch": drift.epoch,
             "position": f"{partition.number}/{drift.epoch}-{drift.sequence}",
             "watermark": drift.watermark,
             "redis": list(drift.found),
@@ -90,9 +97,16 @@ class Causes:
                     more = {key: value for each in some for key, value in each.evidence.items()}
                     if count > 1:
                         more["together"] = [each.cause.value for each in some]
+                        more["parts"] = [[each.cause.value, *each.units] for each in some]
                     return some[0].cause, base | more
         if known.unread and known.ranges:
-            why = {"missing": _ranges(known.ranges), "why": f"{known.unread} missing entries are not in the journal any more either"}
+            if before is not None and (before.available, before.reserved) == drift.units and "unread" not in before.evidence:
+                return Cause(before.cause), {**before.evidence, **base}  # it was found while the journal still had them
+            why = {
+                "missing": _ranges(known.ranges),
+                "unread": known.unread,
+                "why": f"{known.unread} missing entries are not in the journal any more either",
+            }
             return Cause.MISSING_JOURNAL, base | why
         last = {"last": [_shown(each) for each in past[:3]], "why": "nothing that was journaled explains the difference"}
         return Cause.MANUAL_REDIS, base | last
@@ -105,6 +119,8 @@ class Causes:
                 for at in range(0, len(refused.deltas), 3):
                     known.refused.setdefault(refused.deltas[at], []).append(refused)
             await self._read_gaps(partition, epoch, known)
+            if known.missing:
+                await self._made_good(epoch, known)
             self._known[partition.number, epoch] = known
         return known
 
@@ -120,6 +136,17 @@ class Causes:
                 for operation in decode(partition.number, epoch, sequence, body).operations:
                     for name, available, reserved in redis_deltas(operation):
                         known.missing[name] = _sum([known.missing.get(name, (0, 0)), (available, reserved)])
+
+    async def _made_good(self, epoch: int, known: _Known) -> None:
+        """What corrections have given the ledger of these ranges is no difference any more, though the hole is still there."""
+        after: int | None = None
+        while rows := await self._register.find(kind=Cause.MISSING_JOURNAL.value, state="corrected", limit=PAGE, after=after):
+            after = rows[-1].number
+            for row in rows:
+                made, name = row.details.get("correction") or {}, row.details.get("name")
+                if name in known.missing and made.get("epoch") == epoch and made.get("way") in LEDGERS_WAYS:
+                    known.missing[name] = _sum([known.missing[name], (-made["available"], -made["reserved"])])
+        known.missing = {name: units for name, units in known.missing.items() if units != (0, 0)}
 
     def _books(self, drift: Drift) -> Iterable[Explanation]:
         """The row was changed past its chain: what its last change left would agree."""

@@ -78,11 +78,12 @@ class Look:
 
 
 class Pace:
-    """At most ``rate`` SKUs per second."""
+    """At most ``rate`` SKUs per second, and never more than ``stride`` of them at once."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
         self._due = time.monotonic()
+        self.stride = max(1, int(min(STRIDE, rate)))
 
     async def take(self, skus: int) -> None:
         """Wait until so many more may be looked at."""
@@ -96,14 +97,16 @@ class Pace:
 class Looking:
     """Looks at SKUs of one Inventory in one event loop. ``reads``: the service's side, if it has one."""
 
-    def __init__(self, ground: Ground, comparing: Comparing, reads: ReadsStock | None) -> None:
+    def __init__(self, ground: Ground, comparing: Comparing, reads: ReadsStock | None, pace: Pace) -> None:
         self._ground = ground
         self._comparing = comparing
         self._reads = reads
+        self._pace = pace
 
     async def look(self, partition: Partition, places: Sequence[Place]) -> Look:
         """Once; what is in flight is accounted for."""
         why = ""
+        await self._pace.take(len(places))
         for attempt in range(ATTEMPTS):
             if attempt:
                 await asyncio.sleep(PAUSE)
@@ -223,7 +226,9 @@ class Looking:
                 return certain
             now = await self.look(partition, [asked[name] for name in doubtful])
             if now.closed or now.behind is not None:
+                certain.moving += doubtful  # nobody has looked twice: neither found nor gone
                 return certain
+            certain.moving += now.moving
             for kind in ("stock", "services"):
                 was, there = getattr(before, kind), getattr(now, kind)
                 for name in was.keys() & there.keys():
@@ -232,20 +237,25 @@ class Looking:
             for name in before.unsound.keys() & now.unsound.keys():
                 certain.unsound[name] = now.unsound.pop(name)
             before = now
-        certain.moving += sorted(before.stock.keys() | before.services.keys())
+        certain.moving += sorted(before.stock.keys() | before.services.keys() | before.unsound.keys())
         return certain
 
-    async def standing(self, partition: Partition, places: Sequence[Place], differing: dict[str, Drift]) -> dict[str, Drift]:
-        """Of a service that writes in its own time: what differs by the same as a while ago, with nothing moved since."""
+    async def standing(
+        self, partition: Partition, places: Sequence[Place], differing: dict[str, Drift]
+    ) -> tuple[dict[str, Drift], list[str]]:
+        """Of a service that writes in its own time: what differs by the same as a while ago, with nothing moved since; and what
+        differs otherwise, or could not be looked at, so that nobody can tell yet."""
         names = sorted(differing)
         now = await self.look(partition, [place for place in places if place.field in differing])
+        if now.closed or now.behind is not None:
+            return {}, names
         stands: dict[str, Drift] = {}
         for name in names:
             was, there = differing[name], now.services.get(name)
             quiet = there is not None and there.account.version == was.account.version and name not in now.stock
             if there is not None and quiet and (there.units, there.found) == (was.units, was.found):
                 stands[name] = there
-        return stands
+        return stands, [name for name in names if name not in stands and (name in now.services or name in now.moving)]
 
 
 def service_difference(balance: OpeningBalance, account: Account) -> tuple[int, int]:

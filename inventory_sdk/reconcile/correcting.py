@@ -6,27 +6,33 @@ sold between the look and the delta.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from inventory_sdk.beside import Ground
 from inventory_sdk.errors import InsufficientStock, InvalidOperation, InventoryError, StockFrozen
-from inventory_sdk.ledger.accounts import Row
+from inventory_sdk.ledger.accounts import AnotherState, OverLimit, Row
 from inventory_sdk.ledger.protocol import WritesStock
 from inventory_sdk.model import Line, Movement, Position, key_of
 from inventory_sdk.reconcile.model import DAY, Cause, Correction, Discrepancy, Reconcile, What, discrepancy
 from inventory_sdk.reconcile.redis_side import read_holds
+from inventory_sdk.reconcile.sinks.protocol import Event
 from inventory_sdk.reconcile.sinks.sql import register_of
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import RS
 from inventory_sdk.stock.stock import Stock
 
+if TYPE_CHECKING:
+    from inventory_sdk.ledger.comparing import Comparing
+    from inventory_sdk.ledger.register import Letters
+
 MAX_REASON: Final = 500
 LEAST_TTL: Final = 0.001
-REPEATABLE: Final = 12 * 3600.0
-"""Seconds in which a correction that was begun can be gone on with: Redis remembers its ids for longer."""
+SKEW_MS: Final = 3_600_000
+"""So far may the clocks of a process and of Redis be apart where the ledger is asked for what was journaled since an act began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,8 @@ class Plan:
 
 
 class Correcting:
-    """Of one event loop. ``look`` compares a discrepancy's subject once more and brings its record up to date."""
+    """Of one event loop. ``look`` compares a discrepancy's subject once more, brings its record up to date, and says whether it is
+    still there. ``letters``: what the sinks are told when something happens to it."""
 
     def __init__(
         self,
@@ -80,14 +87,17 @@ class Correcting:
         settings: Reconcile,
         stock: Stock,
         writes: Sequence[WritesStock],
-        look: Callable[[Discrepancy], Awaitable[None]],
+        look: Callable[[Discrepancy], Awaitable[bool]],
+        letters: Callable[[Event], Letters],
     ) -> None:
         self._ground = ground
         self._settings = settings
         self._stock = stock
         self._writes = writes
         self._look = look
+        self._letters = letters
         self._register = register_of(ground)
+        self._comparing: Comparing = getattr(ground.ledger, "comparing")  # noqa: B009 - the SQL ledger's, as the register is
 
     async def row(self, number: int) -> Row:
         """``InvalidOperation`` for a number that nobody gave."""
@@ -105,17 +115,21 @@ class Correcting:
 
     async def _planned(self, row: Row) -> tuple[Discrepancy, Plan]:
         """The discrepancy as a look just now shows it, and what to do about it."""
+        seen = False
         if row.state == "open":
-            await self._look(discrepancy(row))
+            seen = await self._look(discrepancy(row))
             row = await self.row(row.number)
         found = discrepancy(row)
         if row.state == "correcting":
             return found, _kept(found)
         if row.state != "open":
             return found, Plan("redis", why_not=f"is {row.state}: there is nothing to correct")
-        return found, await self._plan(found)
+        if not seen and found.what in (What.STOCK, What.SERVICE, What.HOLD):
+            # What stands on record is of another moment; since then Redis may have been filled anew.
+            return found, Plan("redis", why_not="it could not be looked at now, its stock moves or its partition is recovering: try again")
+        return found, self._plan(found)
 
-    async def _plan(self, found: Discrepancy) -> Plan:
+    def _plan(self, found: Discrepancy) -> Plan:
         over, held = found.available, found.reserved
         if found.what == What.SERVICE:
             if self._writes:
@@ -134,8 +148,15 @@ class Correcting:
             return Plan("redis", why_not="the ledger's own books, or a partition, are mended by a person: see the evidence")
         if found.cause == Cause.LEDGER_BOOKS:
             return Plan("redis", why_not="the ledger's row was changed past its change rows: put the row back first")
-        epoch = (await self._partition(found).hello()).epoch or 0
+        epoch = int(found.evidence["epoch"])
+        others = [part for part in found.evidence.get("parts", ()) if part[0] != Cause.MISSING_JOURNAL]
+        if others:
+            # What the ledger missed is the ledger's to make good, the rest is Redis'. One after the other: this first.
+            return Plan("redis", -sum(part[1] for part in others), -sum(part[2] for part in others), epoch)
         if found.cause == Cause.MISSING_JOURNAL:
+            if found.evidence.get("unread") and over >= 0:
+                # Nobody can say what was in there. Where one of the two must be wrong, that with fewer to sell is believed.
+                return Plan("redis", -over, -held, epoch)
             if held:
                 return Plan("write_off", over, held, why_not="reservations are among what is missing: end them first")
             return Plan("write_off" if over < 0 else "supply", over, 0, epoch)
@@ -147,14 +168,16 @@ class Correcting:
         shown = (found.number, plan.side, found.merchant, found.sku, found.reservation, plan.available, plan.reserved, plan.units)
         return Correction(*shown, plan.steps(name), confirm, plan.why_not)
 
-    async def correct(self, number: int, reason: str, who: str, confirmed: bool) -> Discrepancy:
+    async def correct(self, number: int, reason: str, who: str, confirmed: bool | int) -> Discrepancy:
         """Make it; once, however often it is asked for."""
         _check_words(reason, who)
+        if not isinstance(confirmed, int) or confirmed < 0:
+            raise InvalidOperation("confirmed", confirmed, "must be the units that were shown, True or False")
         row = await self.row(number)
         if row.state == "corrected":
             return discrepancy(row)
         if row.state == "correcting":
-            return await self._go_on(discrepancy(row), "corrected", "open")
+            return await self._go_on(discrepancy(row), "corrected", "open", again=True)
         found, plan = await self._planned(row)
         proposed = self._shown(found, plan)
         if proposed.why_not:
@@ -162,9 +185,12 @@ class Correcting:
         if proposed.needs_confirmation and not confirmed:
             limit = self._settings.confirm_above
             raise InvalidOperation(
-                "confirmed", confirmed, f"discrepancy {number} moves {proposed.units} units, more than {limit}: confirm it"
+                "confirmed",
+                confirmed,
+                f"discrepancy {number} moves {proposed.units} units, more than {limit}: confirm them by their number",
             )
-        await self._within_limit(proposed)
+        if confirmed and confirmed is not True and confirmed != proposed.units:
+            raise InvalidOperation("confirmed", confirmed, f"discrepancy {number} moves {proposed.units} units by now: look at it again")
         return await self._begin(found, plan, "correct", reason, who)
 
     async def undo(self, number: int, reason: str, who: str) -> Discrepancy:
@@ -175,7 +201,7 @@ class Correcting:
         if row.state == "undone":
             return found
         if row.state == "undoing":
-            return await self._go_on(found, "undone", "corrected")
+            return await self._go_on(found, "undone", "corrected", again=True)
         if row.state != "corrected":
             raise InvalidOperation("number", number, f"is {row.state}: only what was corrected can be undone")
         plan = _kept(found).reversed()
@@ -187,65 +213,89 @@ class Correcting:
 
     async def _begin(self, found: Discrepancy, plan: Plan, kind: str, reason: str, who: str) -> Discrepancy:
         begins, through, ends = ("open", "correcting", "corrected") if kind == "correct" else ("corrected", "undoing", "undone")
+        now = time.time_ns() // 1_000_000
+        # Of this attempt alone: one that was refused and is made later, with other numbers, is another act.
+        operation_id = f"reconcile-{found.number}-{secrets.token_hex(6)}"
         correction = {
             "way": plan.way, "available": plan.available, "reserved": plan.reserved, "epoch": plan.epoch, "who": who, "reason": reason,
-            "operation_id": f"reconcile-{found.number}{'-undo' if kind == 'undo' else ''}", "at_ms": time.time_ns() // 1_000_000,
+            "operation_id": operation_id, "at_ms": now,
         }  # fmt: skip
         facts = {"discrepancy": found.number, "what": found.what, "cause": found.cause, "units": plan.units, **correction}
-        audit = {"kind": kind, "actor": who, "operation_id": correction["operation_id"], "details": facts}
+        audit: dict[str, Any] = {"kind": kind, "actor": who, "operation_id": operation_id, "details": facts}
+        limit: tuple[int, int] | None = None
         if kind == "correct":
             audit["units"] = plan.units
+            limit = self._settings.limit(found.merchant), now - int(DAY * 1000)
         details = {"correction": correction} | ({"undoes": found.correction} if kind == "undo" else {})
-        if plan.way == "service":
-            # Its own tables are in the ledger's database: the movement and its record are one transaction.
-            moved = [_movement(found, plan, str(correction["operation_id"]), reason)]
-            return discrepancy(await self._register.turn(found.number, [begins], ends, details, audit, self._writes, moved))
-        row = await self._register.turn(found.number, [begins], through, details, audit)
-        if kind == "correct":
-            try:
-                await self._within_limit(self._shown(found, Plan("redis")))  # two at once may both have been within it before
-            except InvalidOperation as error:
-                refused = {"kind": "refused", "actor": who, "details": {**facts, "why": str(error)}, "units": -plan.units}
-                await self._register.turn(found.number, [through], begins, {}, refused)
-                raise
+        try:
+            if plan.way == "service":
+                # Its own tables are in the ledger's database: the movement and its record are one transaction.
+                moved, told = [_movement(found, plan, operation_id, reason)], self._letters(_EVENTS[ends])
+                return discrepancy(
+                    await self._register.turn(found.number, [begins], ends, details, audit, self._writes, moved, limit, told)
+                )
+            row = await self._register.turn(found.number, [begins], through, details, audit, limit=limit)
+        except OverLimit as error:
+            raise InvalidOperation(
+                "number",
+                found.number,
+                f"corrections of merchant {found.merchant!r} would move {error.units} units in 24 hours, "
+                f"{self._settings.limit(found.merchant)} are allowed",
+            ) from error
         return await self._go_on(discrepancy(row), ends, begins)
 
-    async def _go_on(self, found: Discrepancy, ends: str, back: str) -> Discrepancy:
-        """Carry out what is on record, and note that it was. Every step has an id of its own, so a repeat moves nothing more."""
+    async def _go_on(self, found: Discrepancy, ends: str, back: str, again: bool = False) -> Discrepancy:
+        """Carry out what is on record, and note that it was. ``again``: somebody has begun it before, and may have come to any point:
+        what the ledger has of it is not done once more. What it does not have can only be so recent that Redis remembers it."""
         correction = found.correction or {}
-        if time.time() - correction["at_ms"] / 1000 > REPEATABLE:
-            raise InvalidOperation("number", found.number, "was begun too long ago to be gone on with: an operator must look at the audit")
-        plan = _kept(found)
-        begun = found.state
+        plan, begun = _kept(found), found.state
+        operation_id, reason = str(correction["operation_id"]), str(correction["reason"])
+        made = await self._made(found, operation_id, int(correction["at_ms"])) if again else set[str]()
         try:
-            await self._make(found, plan, str(correction["operation_id"]), str(correction["reason"]))
+            await self._make(found, plan, operation_id, reason, made)
         except (InsufficientStock, StockFrozen) as error:
-            if plan.way == "supply":
-                raise  # its first half may stand: it is gone on with
-            # Nothing of it has moved, nor will.
+            if isinstance(error, StockFrozen) and plan.epoch and (await self._partition(found).hello()).epoch == plan.epoch:
+                raise  # a part of it may stand, and its reply be lost: it is gone on with when the partition sells again
+            # Nothing of it has moved, nor will; or it went with the Redis that it was made in.
             facts = {"discrepancy": found.number, "why": str(error)}
-            refused = {"kind": "refused", "actor": correction["who"], "details": facts}
-            if begun == "correcting":
-                refused["units"] = -plan.units
+            refused = {"kind": "refused", "actor": correction["who"], "operation_id": operation_id, "details": facts}
             await self._register.turn(found.number, [begun], back, {}, refused)
             raise
-        return discrepancy(await self._register.turn(found.number, [begun], ends, {}))
+        try:
+            return discrepancy(await self._register.turn(found.number, [begun], ends, {}, letters=self._letters(_EVENTS[ends])))
+        except AnotherState:
+            row = await self.row(found.number)
+            if row.state == ends:
+                return discrepancy(row)  # somebody else has gone on with it at the same time
+            raise
 
-    async def _make(self, found: Discrepancy, plan: Plan, operation_id: str, reason: str) -> None:
+    async def _made(self, found: Discrepancy, operation_id: str, at_ms: int) -> set[str]:
+        """What the ledger has of a correction, once it has all that Redis had when it was asked."""
         partition = self._partition(found)
-        key = key_of(found.merchant, f"\x1fcorrect\x1f{operation_id}")
-        upkeep = self._ground.engine.upkeep
-        if plan.way == "redis":
-            await upkeep.correct(partition.number, plan.epoch, key, (found.name, plan.available, plan.reserved), reason)
-        elif plan.way == "write_off":
-            await upkeep.correct(partition.number, plan.epoch, key, (found.name, -plan.available, 0), reason, ledger=True)
-        elif plan.way == "supply":
+        hello = await partition.hello()
+        if hello.epoch and hello.state == "open":
+            await self._ground.watermark.reached(Position(partition.number, hello.epoch, hello.sequence))
+        return await self._comparing.made(found.merchant, [operation_id, _journaled(operation_id)], at_ms - SKEW_MS)
+
+    async def _make(self, found: Discrepancy, plan: Plan, operation_id: str, reason: str, made: set[str]) -> None:
+        partition = self._partition(found)
+        key = key_of(found.merchant, _journaled(operation_id))
+        correct = self._ground.engine.upkeep.correct
+        journaled, adjusted = _journaled(operation_id) in made, operation_id in made
+        if plan.way == "redis" and not journaled:
+            await correct(partition.number, plan.epoch, key, (found.name, plan.available, plan.reserved), reason)
+        elif plan.way == "write_off" and not journaled:
+            await correct(partition.number, plan.epoch, key, (found.name, -plan.available, 0), reason, ledger=True)
+        elif plan.way == "supply" and not adjusted:
             # First down and then up: between the two there is too little for sale, never too much.
-            await upkeep.correct(partition.number, plan.epoch, key, (found.name, -plan.available, 0), reason)
+            if not journaled:
+                await correct(partition.number, plan.epoch, key, (found.name, -plan.available, 0), reason)
+            elif (await partition.hello()).epoch != plan.epoch:
+                raise StockFrozen(f"epoch {plan.epoch} of partition {partition.number} is over", retry_after=0.5)
             await self._adjust(found, plan, operation_id, reason)
-        elif plan.way == "adjust":
+        elif plan.way == "adjust" and not adjusted:
             await self._adjust(found, plan, operation_id, reason)
-        else:
+        elif plan.way == "hold":
             await self._set_time(found, partition)
 
     async def _adjust(self, found: Discrepancy, plan: Plan, operation_id: str, reason: str) -> None:
@@ -265,17 +315,16 @@ class Correcting:
         ttl = max((ends - holds.now_ms) / 1000, LEAST_TTL)
         await self._stock.extend(found.reservation, ttl=ttl, merchant=found.merchant)
 
-    async def _within_limit(self, proposed: Correction) -> None:
-        since = time.time_ns() // 1_000_000 - int(DAY * 1000)
-        limit, spent = self._settings.limit(proposed.merchant), await self._register.spent(proposed.merchant, since)
-        if spent + proposed.units > limit:
-            why = (
-                f"corrections of merchant {proposed.merchant!r} would move {spent + proposed.units} units in 24 hours, {limit} are allowed"
-            )
-            raise InvalidOperation("number", proposed.number, why)
-
     def _partition(self, found: Discrepancy) -> Partition:
         return self._ground.engine.home(found.merchant)
+
+
+_EVENTS: Final[dict[str, Event]] = {"corrected": "corrected", "undone": "undone"}
+
+
+def _journaled(operation_id: str) -> str:
+    """The id of a correction's own journaled part, which no caller can send."""
+    return f"\x1fcorrect\x1f{operation_id}"
 
 
 def _kept(found: Discrepancy) -> Plan:

@@ -135,8 +135,9 @@ def details_of(found: Finding) -> dict[str, Any]:
 class Comparison:
     """What one run looked at, and what it found. ``skus`` were compared with Redis, ``absent`` of the ledger's are not in Redis (they
     come when somebody asks for them), ``direct`` are sold by the database and have no second side there. ``moving`` changed hands
-    meanwhile and ``unopened`` partitions were being recovered: the next run looks at them. ``service`` SKUs were compared with the
-    service's own tables, ``holds`` reservations with their expiry. ``open`` are the discrepancies that this run saw."""
+    meanwhile, or somebody was at them, and ``unopened`` partitions were being recovered: the next run looks at them. ``service`` SKUs
+    were compared with the service's own tables, ``holds`` reservations with their expiry. ``open`` are the discrepancies that this
+    run saw."""
 
     scope: str
     skus: int

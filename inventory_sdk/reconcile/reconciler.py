@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
@@ -11,8 +10,8 @@ from weakref import WeakKeyDictionary
 from inventory_sdk.beside import Ground, Job
 from inventory_sdk.errors import InvalidOperation, NotStarted
 from inventory_sdk.ledger.protocol import WritesStock
-from inventory_sdk.metrics.events import Compared, Happened
-from inventory_sdk.model import check_text, key_of
+from inventory_sdk.metrics.events import Compared
+from inventory_sdk.model import check_text, key_of, split_key
 from inventory_sdk.reconcile.correcting import Correcting
 from inventory_sdk.reconcile.model import (
     Audit,
@@ -36,9 +35,7 @@ from inventory_sdk.stock.stock import Stock
 
 if TYPE_CHECKING:
     from inventory_sdk.ledger.comparing import Comparing, ReadsStock
-    from inventory_sdk.ledger.register import Register
-
-log = logging.getLogger("inventory_sdk.reconcile")
+    from inventory_sdk.ledger.register import Acts, Register
 
 MOST: Final = 1000
 """Discrepancies or acts of one page."""
@@ -100,7 +97,7 @@ class Reconciler:
             return await self.run() if whole else await self.run(touched=True)
 
         async def catch_up() -> bool:
-            return await self._here().teller.catch_up()
+            return await self._here().teller.deliver()
 
         return [Job("reconcile", Schedule(ground, self.settings, compare, catch_up).run)]
 
@@ -136,7 +133,8 @@ class Reconciler:
         else:
             scope = await self._scope(here, merchant, sku, order)
         done = await self._over(here, scope, progress)
-        left_out = set(done.unopened)
+        # What was left out is looked at by the next run, so that must begin from the same marks.
+        left_out = {here.ground.engine.home(split_key(name)[0]).number for name in done.moving} | set(done.unopened)
         for partition, upto in marks.items():
             if partition not in left_out:
                 kept = sorted(upto)[-EPOCHS:]
@@ -177,15 +175,18 @@ class Reconciler:
         return Scope("what was touched", fields=None if whole else fields), marks
 
     async def _over(self, here: _Here, scope: Scope, progress: Progress | None) -> Comparison:
-        async def keep(found: Sequence[Finding]) -> list[Discrepancy]:
-            return await self._keep(here, found)
+        async def keep(found: Sequence[Finding], before: Acts) -> list[Discrepancy]:
+            kept = await here.sql.record(found, here.teller.letters("found"), before)
+            if any(new for _, new in kept):
+                await here.teller.deliver()
+            return [each for each, _ in kept]
 
         async def ended(scope: Scope, included: Callable[[Discrepancy], bool], seen: set[int]) -> int:
             return await self._ended(here, scope, included, seen, began)
 
         newest = await here.register.find(limit=1)
         began = newest[0].number if newest else 0
-        run = Run(here.ground, here.comparing, self.settings, self._reads(), bool(self._writes), keep, ended, progress)
+        run = Run(here.ground, here.comparing, here.register, self.settings, self._reads(), bool(self._writes), keep, ended, progress)
         done = await run.over(scope)
         by_cause = {cause.value: 0 for cause in Cause}
         for found in done.open:
@@ -193,22 +194,6 @@ class Reconciler:
         whole = scope.fields is None and scope.merchant is None
         here.ground.metrics.record(Compared(scope.name.partition(" ")[0], done.skus, done.holds, by_cause if whole else {}, done.seconds))
         return done
-
-    async def _keep(self, here: _Here, found: Sequence[Finding]) -> list[Discrepancy]:
-        kept = await here.sql.record(found)
-        new = [each for each, is_new in kept if is_new]
-        await here.teller.tell("found", new)
-        for each in new:
-            here.ground.metrics.record(Happened("drift", {"reason": each.cause}))
-            facts = {
-                "number": each.number, "what": each.what, "merchant": each.merchant, "sku": each.sku, "reservation": each.reservation,
-                "cause": each.cause, "available": each.available, "reserved": each.reserved,
-            }  # fmt: skip
-            try:
-                await here.ground.tell("drift", facts)
-            except Exception:
-                log.exception("a handler of event 'drift' failed")
-        return [each for each, _ in kept]
 
     async def _ended(self, here: _Here, scope: Scope, included: Callable[[Discrepancy], bool], seen: set[int], began: int) -> int:
         """Those of the scope that were open before, up to number ``began``, and were not seen any more."""
@@ -220,9 +205,10 @@ class Reconciler:
         while rows := await here.register.find(state="open", subjects=subjects, limit=MOST, after=after):
             gone += [each for each in map(discrepancy, rows) if each.number not in seen and each.state == "open" and included(each)]
             after = rows[-1].number
-        await here.register.gone([each.number for each in gone])
-        await here.teller.tell("gone", gone)
-        return len(gone)
+        ended = await here.register.gone([each.number for each in gone], here.teller.letters("gone"))
+        if ended:
+            await here.teller.deliver()
+        return len(ended)
 
     # What was found --------------------------------------------------------------------------------------------------------------
 
@@ -266,31 +252,34 @@ class Reconciler:
         """Look once more and say what ``correct`` would do; nothing moves. ``why_not`` says why it can't be corrected so."""
         return await self._correcting().propose(number)
 
-    async def correct(self, number: int, reason: str, who: str, confirmed: bool = False) -> Discrepancy:
+    async def correct(self, number: int, reason: str, who: str, confirmed: bool | int = False) -> Discrepancy:
         """Make the correction that ``propose`` shows: a journaled delta, once, on record with who and why.
 
-        ``InvalidOperation`` when there is nothing to correct (any more), when it is larger than ``confirm_above`` and not
-        ``confirmed``, or when the merchant's daily limit is used up. Safe to repeat: one that was made is answered as it is.
+        ``confirmed``: the units that whoever confirms it has seen, so that what has grown since is not moved unseen; True: as many as
+        it moves by now. ``InvalidOperation`` when there is nothing to correct (any more), when it is larger than ``confirm_above``
+        and not ``confirmed``, moves another number of units, or can't be looked at now, or when the merchant's daily limit is used
+        up. ``StockFrozen`` while Redis does not sell. Safe to repeat: one that was made is answered as it is.
         """
         made = await self._correcting().correct(number, reason, who, confirmed)
-        await self._here().teller.tell("corrected", [made])
+        await self._here().teller.deliver()
         return made
 
     async def undo(self, number: int, reason: str, who: str) -> Discrepancy:
         """The exact inverse of a correction. The next comparison finds the difference again, under a new number."""
         undone = await self._correcting().undo(number, reason, who)
-        await self._here().teller.tell("undone", [undone])
+        await self._here().teller.deliver()
         return undone
 
     def _correcting(self) -> Correcting:
         here = self._here()
 
-        async def look(found: Discrepancy) -> None:
+        async def look(found: Discrepancy) -> bool:
             fields = [found.name] if found.what in (What.STOCK, What.SERVICE) or (found.what == What.BOOKS and found.merchant) else []
             keys = [found.name] if found.what == What.HOLD else []
-            await self._over(here, Scope(f"discrepancy {found.number}", fields=fields, keys=keys, single=True), None)
+            done = await self._over(here, Scope(f"discrepancy {found.number}", fields=fields, keys=keys, single=True), None)
+            return found.number in {each.number for each in done.open}
 
-        return Correcting(here.ground, self.settings, self._stock(), self._writes, look)
+        return Correcting(here.ground, self.settings, self._stock(), self._writes, look, here.teller.letters)
 
     def _home(self, merchant: str | None) -> str:
         home = merchant if merchant is not None else self._merchant()

@@ -13,16 +13,18 @@ from inventory_sdk.ledger.accounts import Place
 from inventory_sdk.ledger.protocol import ReservationRow
 from inventory_sdk.model import split_key
 from inventory_sdk.reconcile.causes import Causes
-from inventory_sdk.reconcile.comparing import CHUNK, STRIDE, Drift, Look, Looking, Pace
+from inventory_sdk.reconcile.comparing import CHUNK, Drift, Look, Looking, Pace
 from inventory_sdk.reconcile.holds import HoldLook
-from inventory_sdk.reconcile.model import Cause, Comparison, Discrepancy, Finding, Progress, Reconcile, What
+from inventory_sdk.reconcile.model import Cause, Comparison, Discrepancy, Finding, Progress, Reconcile, What, discrepancy, subject_of
 from inventory_sdk.reconcile.redis_side import read_counters
 from inventory_sdk.stock.partition import Partition
 
 if TYPE_CHECKING:
     from inventory_sdk.ledger.comparing import Comparing, ReadsStock
+    from inventory_sdk.ledger.register import Acts, Register
 
-Keep = Callable[[Sequence[Finding]], Awaitable[list[Discrepancy]]]
+Keep = Callable[[Sequence[Finding], "Acts"], Awaitable[list[Discrepancy]]]
+"""(what was found, how acts stood before the look) → what is on record; what was acted on since is not."""
 Ended = Callable[["Scope", Callable[[Discrepancy], bool], set[int]], Awaitable[int]]
 """(scope, is it in the scope and was looked at?, numbers that the run has seen) → how many others of the scope are no more."""
 
@@ -50,6 +52,8 @@ class _Sums:
     holds: int = 0
     looked: int = 0
     moving: list[str] = field(default_factory=list)
+    unsettled: set[str] = field(default_factory=set)
+    """Whose service has written, or is about to write, in its own time."""
     unopened: set[int] = field(default_factory=set)
     open: dict[int, Discrepancy] = field(default_factory=dict)
 
@@ -61,6 +65,7 @@ class Run:
         self,
         ground: Ground,
         comparing: Comparing,
+        register: Register,
         settings: Reconcile,
         reads: ReadsStock | None,
         told: bool,
@@ -70,16 +75,18 @@ class Run:
     ) -> None:
         self._ground = ground
         self._comparing = comparing
+        self._register = register
         self._settings = settings
-        self._looking = Looking(ground, comparing, reads)
+        self._pace = Pace(settings.rate)
+        self._reads = reads
+        self._looking = Looking(ground, comparing, reads, self._pace)
         self._holds = HoldLook(ground, comparing)
         self._told = told
         """The service's tables are written by ``writes_stock``, in the ledger's transaction."""
-        self._causes = Causes(comparing, ground.engine.settings.results_window)
+        self._causes = Causes(comparing, register, ground.engine.settings.results_window)
         self._keep = keep
         self._ended = ended
         self._progress = progress
-        self._pace = Pace(settings.rate)
         self._sums = _Sums()
 
     async def over(self, scope: Scope) -> Comparison:
@@ -103,7 +110,7 @@ class Run:
     def _in(self, scope: Scope) -> Callable[[Discrepancy], bool]:
         fields = None if scope.fields is None else set(scope.fields)
         keys = None if scope.keys is None else set(scope.keys)
-        left_out, unopened = set(self._sums.moving), self._sums.unopened
+        left_out, unsettled, unopened = set(self._sums.moving), self._sums.unsettled, self._sums.unopened
 
         def included(found: Discrepancy) -> bool:
             if found.what == What.PARTITION:
@@ -113,6 +120,8 @@ class Run:
             if scope.merchant is not None and found.merchant != scope.merchant:
                 return False
             if self._ground.engine.home(found.merchant).number in unopened or found.name in left_out:
+                return False
+            if found.what == What.SERVICE and (self._reads is None or found.name in unsettled):
                 return False
             chosen = keys if found.what == What.HOLD else fields
             return chosen is None or found.name in chosen
@@ -124,13 +133,13 @@ class Run:
     async def _strides(self, partition: Partition, scope: Scope) -> AsyncIterator[list[Place]]:
         if scope.fields is None:
             after: str | None = None
-            while places := await self._comparing.page(partition.number, after, STRIDE, scope.merchant):
+            while places := await self._comparing.page(partition.number, after, self._pace.stride, scope.merchant):
                 yield places
                 after = places[-1].field
             return
         mine = [name for name in scope.fields if self._ground.engine.home(split_key(name)[0]) is partition]
-        for start in range(0, len(mine), STRIDE):
-            part = mine[start : start + STRIDE]
+        for start in range(0, len(mine), self._pace.stride):
+            part = mine[start : start + self._pace.stride]
             yield await self._comparing.places(part)
             await self._unknown(partition, part)
 
@@ -138,10 +147,10 @@ class Run:
         sums, present, fields = self._sums, 0, 0
         doubts: dict[str, tuple[Place, Drift]] = {}
         async for places in self._strides(partition, scope):
-            await self._pace.take(len(places))
+            before = await self._register.acts()
             look = await self._looking.look(partition, places)
             if look.behind is not None:
-                await self._report([_behind(partition, look.behind)])
+                await self._report([_behind(partition, look.behind)], before)
             if look.closed or look.behind is not None:
                 sums.unopened.add(partition.number)
                 return
@@ -160,7 +169,7 @@ class Run:
                 # A single discrepancy was looked at twice when it was found.
                 certain = look if scope.single else await self._looking.confirmed(partition, places, look)
                 sums.moving += [name for name in certain.moving if name not in look.moving]
-                await self._name(partition, certain)
+                await self._name(partition, certain, before)
             if self._progress is not None:
                 self._progress(sums.looked, total)
         if doubts:
@@ -168,25 +177,32 @@ class Run:
         if scope.fields is None and scope.merchant is None and fields > present:
             await self._orphans(partition)
 
-    async def _name(self, partition: Partition, look: Look) -> None:
+    async def _name(self, partition: Partition, look: Look, before: Acts) -> None:
         found: list[Finding] = []
+        subjects = [subject_of(What.STOCK, name) for name in look.stock]
+        known: dict[str, Discrepancy] = {}
+        for start in range(0, len(subjects), CHUNK):
+            rows = await self._register.find(state="open", subjects=subjects[start : start + CHUNK], limit=CHUNK)
+            known.update({each.name: each for each in map(discrepancy, rows)})
         for drift in look.stock.values():
-            cause, evidence = await self._causes.of(partition, drift)
+            cause, evidence = await self._causes.of(partition, drift, known.get(drift.field))
             found.append(Finding(What.STOCK, drift.field, cause, *drift.units, evidence))
         for name, account in look.unsound.items():
             facts = {"row": list(account.row), "last_change_left": account.left and list(account.left), "version": account.version}
             found.append(Finding(What.BOOKS, name, Cause.LEDGER_BOOKS, evidence=facts))
         found += [_service(drift) for drift in look.services.values()]
-        await self._report(found)
+        await self._report(found, before)
 
     async def _outwait(self, partition: Partition, doubts: Mapping[str, tuple[Place, Drift]]) -> None:
         await asyncio.sleep(self._settings.settle)
         names = sorted(doubts)
-        for start in range(0, len(names), STRIDE):
-            part = names[start : start + STRIDE]
+        for start in range(0, len(names), self._pace.stride):
+            part = names[start : start + self._pace.stride]
             differing = {name: doubts[name][1] for name in part}
-            stands = await self._looking.standing(partition, [doubts[name][0] for name in part], differing)
-            await self._report([_service(drift) for drift in stands.values()])
+            before = await self._register.acts()
+            stands, unsettled = await self._looking.standing(partition, [doubts[name][0] for name in part], differing)
+            self._sums.unsettled |= set(unsettled)
+            await self._report([_service(drift) for drift in stands.values()], before)
 
     async def _orphans(self, partition: Partition) -> None:
         """Redis has more counters than the ledger has SKUs: look at each."""
@@ -201,15 +217,16 @@ class Run:
 
     async def _unknown(self, partition: Partition, names: Sequence[str]) -> None:
         """Counters in Redis of SKUs that the ledger does not have. A row comes before its counter, so none is just being made."""
+        before = await self._register.acts()
         counters = await read_counters(partition, names)
         there = [name for name, available in zip(names, counters.available, strict=True) if available is not None]
         known = {place.field for place in await self._comparing.places(there)} if there else set()
-        why = {"why": "the ledger has no such SKU: its counters were written by hand"}
+        why = {"epoch": counters.epoch, "why": "the ledger has no such SKU: its counters were written by hand"}
         found = []
         for name, available, reserved in zip(names, counters.available, counters.reserved, strict=True):
             if name in there and name not in known and (available or reserved):
                 found.append(Finding(What.STOCK, name, Cause.MANUAL_REDIS, available or 0, reserved or 0, why))
-        await self._report(found)
+        await self._report(found, before)
 
     # Reservations, books ---------------------------------------------------------------------------------------------------------
 
@@ -223,21 +240,26 @@ class Run:
             pages = _one(await self._comparing.holds(mine) if mine else [])
         async for rows in pages:
             await self._pace.take(len(rows))
+            before = await self._register.acts()
             found = await self._holds.look(partition, [row for row in rows if row.state == "held"])
             if found is None:
                 self._sums.unopened.add(partition.number)
                 return
             self._sums.holds += len(rows)
-            await self._report(found)
+            await self._report(found, before)
 
     async def _books(self) -> None:
+        before = await self._register.acts()
         words = await self._ground.ledger.verify()
         # Named by what they say of which row, so that the same defect stays one discrepancy.
-        await self._report([Finding(What.BOOKS, f"\x1f{text[:200]}", Cause.LEDGER_BOOKS, evidence={"why": text}) for text in words])
+        await self._report([Finding(What.BOOKS, f"\x1f{text[:200]}", Cause.LEDGER_BOOKS, evidence={"why": text}) for text in words], before)
 
-    async def _report(self, found: Sequence[Finding]) -> None:
+    async def _report(self, found: Sequence[Finding], before: Acts) -> None:
         if found:
-            self._sums.open.update({each.number: each for each in await self._keep(found)})
+            kept = await self._keep(found, before)
+            self._sums.open.update({each.number: each for each in kept})
+            known = {each.name for each in kept}
+            self._sums.moving += [each.name for each in found if each.name not in known]
 
 
 def _service(drift: Drift) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sqlalchemy import update
 
 from inventory_sdk import Inventory, Line, Movement, OpeningBalance
 from inventory_sdk.ledger.accounts import NewRow
+from inventory_sdk.ledger.register import OverLimit
 from inventory_sdk.model import key_of
 from inventory_sdk.reconcile.model import Reconcile
 from tests.integration.test_ledger_contract import DATABASES
@@ -99,6 +101,7 @@ async def test_found_kept_corrected_undone_and_found_again(inventory: Inventory)
 
 async def test_what_was_touched_and_what_refusals_and_credits_move_is_known_to_each_database(inventory: Inventory) -> None:
     look, stock = inventory.reconciler, inventory.stock
+    await inventory.settled()
     await look.run(touched=True)
     await stock.deduct([Line("a", 1)], operation_id="d")
     await stock.restock([Line("b", 1)], operation_id="po-2")
@@ -163,9 +166,37 @@ async def test_one_subject_has_one_row_however_many_find_it_at_once(inventory: I
     assert [new for _, new in first] == [True] * 20
     assert [(row.number, new) for row, new in again[:20]] == [(row.number, False) for row, _ in first]
     assert await ledger.register.counted() == {"manual_redis": 20, "rejected": 1}
-    assert await ledger.register.gone([row.number for row, _ in first]) == 20
+    assert [row.state for row in await ledger.register.gone([row.number for row, _ in first])] == ["gone"] * 20
     assert await ledger.register.counted() == {"rejected": 1}
-    assert [new for _, new in await ledger.register.keep(rows)] == [True] * 20
+    at_once = await asyncio.gather(*(ledger.register.keep(rows) for _ in range(6)))
+    assert [sum(new for _, new in each) for each in zip(*at_once, strict=True)] == [1] * 20
+    assert len({row.number for each in at_once for row, _ in each}) == 20
+
+
+async def test_of_two_corrections_at_once_one_is_within_the_limit(inventory: Inventory) -> None:
+    register: Any = inventory.ledger.register  # type: ignore[attr-defined]
+    rows = [NewRow("m", f"s{number}", "manual_redis", f"stock\x1fm\x1fs{number}") for number in range(6)]
+    numbers = [row.number for row, _ in await register.keep(rows, lambda row: [("mine", {"n": row.number})])]
+
+    async def begin(number: int) -> Any:
+        audit = {"kind": "correct", "actor": "kim", "operation_id": f"o-{number}", "details": {}, "units": 4}
+        letters = [("mine", {"n": -number})]
+        return await register.turn(number, ["open"], "correcting", {}, audit, limit=(9, 0), letters=lambda _: letters)
+
+    outcomes = await asyncio.gather(*map(begin, numbers), return_exceptions=True)
+    assert sorted(type(each).__name__ for each in outcomes) == ["OverLimit"] * 4 + ["Row"] * 2
+    assert {each.units for each in outcomes if isinstance(each, OverLimit)} == {12}
+    assert await register.spent("m", 0) == 8
+    begun = [number for number, each in zip(numbers, outcomes, strict=True) if not isinstance(each, OverLimit)]
+    acts = await register.acts()
+    assert acts.under_way == {("m", f"s{numbers.index(number)}") for number in begun}
+    # What was refused is not told: the letter went with its transaction.
+    told = [letter["n"] for _, _, letter in await register.letters("mine", 20)]
+    assert (told[:6], sorted(told[6:])) == (numbers, sorted(-number for number in begun))
+    await register.turn(
+        begun[0], ["correcting"], "open", {}, {"kind": "refused", "actor": "", "operation_id": f"o-{begun[0]}", "details": {}}
+    )
+    assert await register.spent("m", 0) == 4
 
 
 async def test_letters_wait_in_order_until_they_are_delivered(inventory: Inventory) -> None:
@@ -173,6 +204,6 @@ async def test_letters_wait_in_order_until_they_are_delivered(inventory: Invento
     await ledger.register.post("mine", [{"n": number} for number in range(5)])
     await ledger.register.post("other", [{"n": 9}])
     letters = await ledger.register.letters("mine", 3)
-    assert [letter["n"] for _, letter in letters] == [0, 1, 2]
-    await ledger.register.delivered([number for number, _ in letters])
-    assert [letter["n"] for _, letter in await ledger.register.letters("mine", 10)] == [3, 4]
+    assert [letter["n"] for _, _, letter in letters] == [0, 1, 2]
+    await ledger.register.delivered([number for number, _, _ in letters])
+    assert [letter["n"] for _, _, letter in await ledger.register.letters("mine", 10)] == [3, 4]

@@ -108,9 +108,11 @@ def test_a_drift_is_listed_shown_corrected_and_undone(place: Place) -> None:
 def test_a_large_correction_asks_for_more_than_a_reason(place: Place) -> None:
     place.does(("a", 6))
     number = next(line.split()[0] for line in ran(code=1).splitlines() if 'sku "a"' in line)
-    assert "--confirm is needed" in ran("--correct", number)
-    assert "confirm it" in ran("--correct", number, "--reason", "counted", code=1)
-    assert "is corrected" in ran("--correct", number, "--reason", "counted", "--confirm", "--who", "kim")
+    assert "--confirm 6 is needed" in ran("--correct", number)
+    assert "confirm them by their number" in ran("--correct", number, "--reason", "counted", code=1)
+    place.does(("a", 5))
+    assert "moves 11 units by now" in ran("--correct", number, "--reason", "counted", "--confirm", "6", code=1)
+    assert "is corrected" in ran("--correct", number, "--reason", "counted", "--confirm", "11", "--who", "kim")
 
 
 @pytest.mark.parametrize(

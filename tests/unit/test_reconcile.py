@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sqlalchemy import delete, update
 
-from inventory_sdk import DurabilityNotReached, InvalidOperation, Inventory, InventoryError, Line, NotStarted
+from inventory_sdk import DurabilityNotReached, InvalidOperation, Inventory, InventoryError, Line, NotStarted, StockFrozen
 from inventory_sdk.ledger.protocol import Entering
 from inventory_sdk.metrics import Compared, Happened
 from inventory_sdk.model import fingerprint, key_of
-from inventory_sdk.reconcile import comparing
-from inventory_sdk.reconcile.causes import redis_deltas
+from inventory_sdk.reconcile import causes, comparing, holds
+from inventory_sdk.reconcile.causes import Causes, redis_deltas
 from inventory_sdk.stock.journal import decode, encode
 from tests.reconcile_kit import Shop, shop
 from tests.stock_kit import Recorded
@@ -153,6 +155,27 @@ async def test_an_expiry_in_what_redis_forgot_is_part_of_it() -> None:
         assert await it.found() == [("stock", "a", "went_back", -1, 3)]
 
 
+@pytest.mark.parametrize("why", ["older results are being restored", "it is older than what is remembered"])
+async def test_what_redis_need_not_remember_does_not_mean_that_it_went_back(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
+        await it.inventory.settled()
+        await it.engine.wire.client.hdel(it.key("results:0"), key_of("default", "d"))
+        await it.by_hand("a", 1)
+        assert await it.found() == [("stock", "a", "went_back", 1, 0)]
+        if why.startswith("older"):
+            partition = it.engine.home("default")
+            hello = await partition.hello()
+
+            async def restoring() -> Any:
+                return replace(hello, older="1-1")
+
+            monkeypatch.setattr(partition, "hello", restoring)
+        else:
+            monkeypatch.setattr(causes, "MARGIN_MS", 86_400_000)
+        assert await it.found() == [("stock", "a", "manual_redis", 1, 0)]
+
+
 async def cut_out(it: Shop, receipt: Any, units: int) -> None:
     """The ledger loses an entry that it had applied."""
     tables = it.ledger.tables
@@ -237,6 +260,74 @@ async def test_a_redis_behind_the_watermark_is_a_partition_that_went_back() -> N
         assert done.unopened == (0,)
 
 
+async def is_closed(*_: Any) -> comparing.Look:
+    return comparing.Look(closed="recovering")
+
+
+async def test_what_was_found_is_not_gone_while_its_partition_is_recovering(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 1)
+        await it.inventory.stock.reserve([Line("b", 1)], operation_id="lost", ttl=60)
+        await it.engine.wire.client.zrem(it.key("expiry"), key_of("default", "lost"))
+        await it.inventory.settled()
+        running = it.inventory._running()
+        assert running.embedded_worker is not None
+        await running.embedded_worker.stop()
+        sequence = await it.engine.wire.client.hget(it.key("meta"), "seq")
+        assert len(await it.found()) == 2
+        await it.engine.wire.client.hset(it.key("meta"), "seq", "1")
+        assert [row[0] for row in await it.found()] == ["partition"]
+        await it.engine.wire.client.hset(it.key("meta"), "seq", sequence)
+        with monkeypatch.context() as patched:
+            patched.setattr(comparing.Looking, "look", is_closed)
+            done = await it.inventory.reconciler.run()
+        assert (done.open, done.gone, done.unopened) == ((), 0, (0,))
+        assert {each.what for each in await it.inventory.reconciler.discrepancies()} == {"stock", "hold", "partition"}
+
+
+async def test_what_another_run_has_found_since_this_one_looked_is_not_ended_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop(rate=1.0) as it:
+        look, looks = comparing.Looking.look, 0
+
+        async def then_drifts(self: Any, partition: Any, places: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            seen = await look(self, partition, places)
+            if looks == 1:
+                await it.by_hand("a", 1)
+                assert [row[1] for row in await it.found(sku="a")] == ["a"]
+            return seen
+
+        async def at_once(*_: Any) -> None: ...
+
+        monkeypatch.setattr(comparing.Pace, "take", at_once)
+        monkeypatch.setattr(comparing.Looking, "look", then_drifts)
+        done = await it.inventory.reconciler.run()
+        assert (done.skus, done.gone) == (2, 0)
+        assert [each.sku for each in await it.inventory.reconciler.discrepancies()] == ["a"]
+
+
+async def test_a_refused_sale_whose_void_is_still_to_be_made_is_no_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        rows, upkeep = it.ledger.tables.stock, it.engine.upkeep
+
+        async def not_now(*_: Any) -> None:
+            raise StockFrozen("not now", retry_after=0.1)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(upkeep, "void", not_now)
+            async with it.ledger.engine.begin() as connection:
+                await connection.execute(update(rows).where(rows.c.sku == "a").values(available=0, sold=10))
+            await it.inventory.stock.deduct([Line("a", 4)], operation_id="refused")
+            await it.inventory.settled()
+            async with it.ledger.engine.begin() as connection:
+                await connection.execute(update(rows).where(rows.c.sku == "a").values(available=10, sold=0))
+            assert (await it.inventory.stock.level("a")).available == 6
+            (void,) = await it.ledger.comparing.refused(0, 1)
+            assert void.state == "pending"
+            assert await it.found() == []
+
+
 # Holds --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +346,12 @@ async def test_a_hold_whose_end_was_put_off_past_its_own_record_is_found() -> No
         assert [row[:3] for row in await it.found()] == [("hold", "late", "expiry_lost")]
 
 
+@pytest.mark.parametrize(("due", "unending"), [(None, True), (5, False), (10**15, False)])
+def test_a_pinned_hold_must_have_a_time_and_which_is_its_deciders_affair(due: int | None, unending: bool) -> None:
+    record = holds.RS.join(("p", "1-2", "", "1700000000000", "o"))
+    assert (holds.unending(record, due) is not None) == unending
+
+
 async def test_a_hold_that_is_gone_from_redis_is_found_and_one_that_was_closed_is_not() -> None:
     async with shop() as it:
         for name in ("gone", "back", "closed"):
@@ -266,6 +363,41 @@ async def test_a_hold_that_is_gone_from_redis_is_found_and_one_that_was_closed_i
         await it.inventory.stock.release("closed")
         holds = [row[:3] for row in await it.found() if row[0] == "hold"]
         assert sorted(holds) == [("hold", "back", "went_back"), ("hold", "gone", "manual_redis")]
+
+
+@pytest.mark.parametrize("second", ["there", "frozen", "another epoch"])
+async def test_a_hold_is_only_gone_if_a_second_reading_of_the_same_epoch_says_so_too(second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.stock.reserve([Line("a", 1)], operation_id="r", ttl=60)
+        await it.inventory.settled()
+        read, readings = holds.read_holds, 0
+
+        async def twice(partition: Any, keys: Any) -> Any:
+            nonlocal readings
+            readings += 1
+            found = await read(partition, keys)
+            if readings == 1 or second != "there":
+                found = replace(found, records=[None])
+            if readings == 2 and second != "there":
+                found = replace(found, **({"state": "frozen"} if second == "frozen" else {"epoch": 2}))
+            return found
+
+        monkeypatch.setattr(holds, "read_holds", twice)
+        assert await it.found() == []
+        assert readings == 2
+
+
+async def test_a_hold_that_was_taken_anew_under_its_id_is_another_one() -> None:
+    async with shop() as it:
+        await it.inventory.stock.reserve([Line("a", 1)], operation_id="r", ttl=60)
+        await it.inventory.settled()
+        (row,) = await it.ledger.comparing.holds([key_of("default", "r")])
+        await it.engine.wire.client.hdel(it.key("reservations"), row.key)
+        look = holds.HoldLook(it.inventory._running().ground, it.ledger.comparing)
+        partition = it.engine.home("default")
+        before = replace(row, position=row.position._replace(sequence=row.position.sequence - 1))
+        assert await look.look(partition, [before]) == []
+        assert [each.name for each in await look.look(partition, [row]) or []] == [row.key]
 
 
 # The service's side -------------------------------------------------------------------------------------------------------------
@@ -355,6 +487,7 @@ async def test_each_scope_looks_at_its_own_and_ends_only_what_it_has_looked_at()
 
 async def test_what_was_touched_is_compared_and_what_was_not_is_left() -> None:
     async with shop() as it:
+        await it.inventory.settled()
         first = await it.inventory.reconciler.run(touched=True)
         assert first.skus == 2  # nothing was remembered: everything
         await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
@@ -363,6 +496,152 @@ async def test_what_was_touched_is_compared_and_what_was_not_is_left() -> None:
         assert (await it.inventory.reconciler.run(touched=True)).skus == 0
         await it.inventory.stock.restock([Line("b", 1)], operation_id="po-2")
         assert (await it.inventory.reconciler.run(touched=True)).skus == 1
+
+
+async def test_stock_that_changed_hands_is_left_to_the_next_run_of_what_was_touched_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.settled()
+        await it.inventory.reconciler.run(touched=True)
+        await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
+        await it.inventory.settled()
+        read = comparing.read_counters
+
+        async def then_comes_and_goes(partition: Any, fields: Any) -> Any:
+            counters = await read(partition, fields)
+            monkeypatch.setattr(comparing, "read_counters", read)
+            await it.inventory.stock.withdraw("default")
+            await it.inventory.stock.adopt("default")
+            return counters
+
+        monkeypatch.setattr(comparing, "read_counters", then_comes_and_goes)
+        assert (await it.inventory.reconciler.run(touched=True)).moving == (A,)
+        await it.by_hand("a", 1)
+        assert [row[:2] for row in await it.found(touched=True)] == [("stock", "a")]
+
+
+async def test_a_partition_that_could_not_be_looked_at_is_touched_until_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.inventory.settled()
+        await it.inventory.reconciler.run(touched=True)
+        await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
+        await it.inventory.settled()
+        with monkeypatch.context() as patched:
+            patched.setattr(comparing.Looking, "look", is_closed)
+            assert (await it.inventory.reconciler.run(touched=True)).unopened == (0,)
+        assert (await it.inventory.reconciler.run(touched=True)).skus == 1
+
+
+async def test_what_moves_redis_only_is_touched_as_well() -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        await it.inventory.settled()
+        await it.inventory.reconciler.run(touched=True)
+        await it.inventory.reconciler.correct(found.number, "counted", "kim")
+        await it.inventory.settled()
+        await it.by_hand("a", 1)
+        assert [row[:2] for row in await it.found(touched=True)] == [("stock", "a")]
+
+
+@pytest.mark.parametrize("why", ["closed", "moving"])
+async def test_what_could_not_be_looked_at_twice_is_neither_clean_nor_gone(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        look, looks = comparing.Looking.look, 0
+
+        async def once(self: Any, partition: Any, places: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            if looks == 1:
+                return await look(self, partition, places)
+            return comparing.Look(closed="recovering") if why == "closed" else comparing.Look(moving=[A])
+
+        with monkeypatch.context() as patched:
+            patched.setattr(comparing.Looking, "look", once)
+            done = await it.inventory.reconciler.run()
+        assert (done.clean, done.gone, done.moving) == (False, 0, (A,))
+        assert [each.number for each in await it.inventory.reconciler.discrepancies()] == [found.number]
+
+
+async def test_a_process_that_does_not_know_the_services_table_ends_nothing_that_was_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop(own=True, writes=True) as it:
+        it.own["a"] += 2
+        found = await it.one()
+        with monkeypatch.context() as patched:
+            patched.setattr(it.inventory.reconciler, "_reads", lambda: None)
+            assert (await it.inventory.reconciler.run()).gone == 0
+        assert [each.number for each in await it.inventory.reconciler.discrepancies()] == [found.number]
+
+
+async def test_a_service_that_is_just_writing_has_not_made_up_its_difference() -> None:
+    async with shop(own=True) as it:
+        it.own["a"] = 5
+        found = await it.one()
+
+        async def sell() -> None:
+            await it.inventory.stock.deduct([Line("a", 1)], operation_id="d")
+            await it.inventory.settled()
+
+        selling: list[Any] = []
+        done = await it.inventory.reconciler.run(progress=lambda *_: selling.append(asyncio.ensure_future(sell())))
+        await asyncio.gather(*selling)
+        assert [each.number for each in await it.inventory.reconciler.discrepancies()] == [found.number]
+        assert done.gone == 0
+
+
+async def test_what_is_corrected_between_the_look_and_the_record_is_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found = await it.one()
+        of = Causes.of
+
+        async def then_corrects(self: Any, partition: Any, *drift: Any) -> Any:
+            monkeypatch.setattr(Causes, "of", of)
+            await it.inventory.reconciler.correct(found.number, "counted", "kim")
+            return await of(self, partition, *drift)
+
+        monkeypatch.setattr(Causes, "of", then_corrects)
+        done = await it.inventory.reconciler.run()
+        assert (done.open, done.moving) == ((), (A,))
+        assert await it.inventory.reconciler.discrepancies() == []
+        assert (await it.inventory.reconciler.run()).clean
+
+
+async def test_what_is_being_corrected_while_one_looks_is_not_found_again_when_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await it.by_hand("a", 3)
+        found, register = await it.one(), it.ledger.register
+        act = {"kind": "correct", "actor": "kim", "operation_id": "x", "details": {}}
+        await register.turn(found.number, ["open"], "correcting", {}, act)
+        of = Causes.of
+
+        async def then_ends(self: Any, partition: Any, *drift: Any) -> Any:
+            await it.by_hand("a", -3)
+            await register.turn(found.number, ["correcting"], "corrected", {})
+            return await of(self, partition, *drift)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Causes, "of", then_ends)
+            assert (await it.inventory.reconciler.run()).open == ()
+        assert (await it.inventory.reconciler.run()).clean
+
+
+async def test_no_more_than_a_second_of_the_rate_is_read_at_once_and_second_looks_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    async def take(self: Any, skus: int) -> None:
+        taken.append(skus)
+
+    monkeypatch.setattr(comparing.Pace, "take", take)
+    async with shop(rate=2.5) as it:
+        await it.inventory.stock.restock([Line(f"s{number}", 1) for number in range(5)], operation_id="more")
+        await it.by_hand("a", 1)
+        assert len(await it.found()) == 1
+        assert taken == [2, 1, 2, 2, 1]
+        taken.clear()
+        done = await it.inventory.reconciler.run(touched=True)
+        assert (done.skus, max(taken)) == (7, 2)
 
 
 async def test_a_discrepancy_keeps_its_number_while_it_lasts_and_is_told_once() -> None:

@@ -100,6 +100,26 @@ async def test_of_many_workers_one_compares(monkeypatch: pytest.MonkeyPatch) -> 
         assert sum(len(runner.runs) for runner in runners) == 1
 
 
+async def test_what_who_had_the_lease_before_has_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shop() as it:
+        await made_due(it, touched=4000.0)
+        lease, given = Schedule._lease, asyncio.Event()
+
+        async def was_somebody_elses(self: Schedule, what: str) -> bool:
+            if what == "take":
+                await made_due(it)  # they have compared between our look at what is due and now
+            if what == "give":
+                given.set()
+            return await lease(self, what)
+
+        monkeypatch.setattr(Schedule, "_lease", was_somebody_elses)
+        runner = Runner(it, Reconcile())
+        runner.begin()
+        await asyncio.wait_for(given.wait(), 10)
+        await runner.end()
+        assert runner.runs == []
+
+
 async def test_a_worker_that_stops_gives_the_comparison_and_the_lease_back() -> None:
     async with shop() as it:
         await made_due(it, touched=4000.0)

@@ -6,7 +6,8 @@ It was tested against a double that speaks the wire format (``_index_template``,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from inventory_sdk.errors import InvalidOperation
@@ -25,6 +26,8 @@ TRIES: Final = 4
 PASSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 """What a server answers that is busy or on its way: the same again a little later may be taken."""
 ALREADY_THERE: Final = 409
+UNREADABLE: Final = frozenset({400, 413})
+"""What a server answers to a request that it can't read, or that is too large: one document may be to blame for all."""
 
 MAPPINGS: Final[dict[str, Any]] = {
     # A field that is not here is a defect of ours, and must not grow the mapping of a cluster that others use too.
@@ -94,6 +97,9 @@ class ElasticsearchSink:
                 await self._make_template()
                 waiting, why = await self._bulk(waiting, refused)
             except self._library.ApiError as error:
+                if error.meta.status in UNREADABLE and self._templated:
+                    await self._in_halves(waiting, refused, f"status {error.meta.status}: {error.body}")
+                    return
                 if error.meta.status not in PASSES:
                     raise SinkAway(f"Elasticsearch refused: {error.meta.status} {error.body}") from error
                 why = f"status {error.meta.status}"
@@ -103,6 +109,15 @@ class ElasticsearchSink:
                 raise SinkAway(f"Elasticsearch did not take {len(waiting)} documents: {why}")
             if waiting:
                 await asyncio.sleep(backoff.delay())
+
+    async def _in_halves(self, documents: list[Document], refused: dict[str, str], why: str) -> None:
+        """Until the one that can't be read stands alone: it must not hold up the others for ever."""
+        if len(documents) == 1:
+            refused[documents[0].id] = why
+            return
+        middle = len(documents) // 2
+        await self._insist(documents[:middle], refused)
+        await self._insist(documents[middle:], refused)
 
     async def _make_template(self) -> None:
         """The template must stand before the first document: without it that document would make an ordinary index."""
@@ -116,10 +131,12 @@ class ElasticsearchSink:
     async def _bulk(self, documents: Sequence[Document], refused: dict[str, str]) -> tuple[list[Document], str]:
         """One request; the documents that were not taken yet, and why."""
         assert self._client is not None, "started"
-        operations: list[Mapping[str, Any]] = []
+        operations: list[Any] = []
         for each in documents:
-            # ``create`` under an id of ours: sent twice it is there once, and a data stream takes nothing else.
-            operations += ({"create": {"_index": self.stream, "_id": each.id}}, {"@timestamp": each.at_ms, **each.fields()})
+            # ``create`` under an id of ours: sent twice it is there once, and a data stream takes nothing else. In ASCII: a reason may
+            # hold what no UTF-8 can, and the client would send it.
+            operations.append(json.dumps({"create": {"_index": self.stream, "_id": each.id}}))
+            operations.append(json.dumps({"@timestamp": each.at_ms, **each.fields()}))
         answer = await self._client.bulk(operations=operations, require_data_stream=True)
         if not answer["errors"]:
             return [], ""
@@ -139,13 +156,17 @@ class ElasticsearchSink:
     async def search(
         self, *, merchant: str | None = None, sku: str | None = None, cause: str | None = None, event: str | None = None, limit: int = 50
     ) -> list[Document]:
-        """The newest documents that match. What was written a moment ago appears after the index' refresh (a second, by default)."""
+        """The newest documents that match, none before the first was written. What was written a moment ago appears after the index'
+        refresh (a second, by default)."""
         assert self._client is not None, "started"
         wanted = {"merchant": merchant, "sku": sku, "cause": cause, "event": event}
         terms = [{"term": {name: value}} for name, value in wanted.items() if value is not None]
-        found = await self._client.search(
-            index=self.stream, query={"bool": {"filter": terms}}, sort=[{"@timestamp": {"order": "desc"}}], size=limit
-        )
+        try:
+            found = await self._client.search(
+                index=self.stream, query={"bool": {"filter": terms}}, sort=[{"@timestamp": {"order": "desc"}}], size=limit
+            )
+        except self._library.NotFoundError:
+            return []
         return [document(hit["_source"]) for hit in found["hits"]["hits"]]
 
     async def close(self) -> None:

@@ -12,7 +12,7 @@ from inventory_sdk.reconcile.sinks.protocol import Document, SinkAway
 
 if TYPE_CHECKING:
     from inventory_sdk.beside import Ground
-    from inventory_sdk.ledger.register import Register
+    from inventory_sdk.ledger.register import Acts, Letters, Register
 
 
 class SqlSink:
@@ -27,10 +27,13 @@ class SqlSink:
         """The ledger that this Inventory is on."""
         self._register = register_of(ground)
 
-    async def record(self, found: Sequence[Finding]) -> list[tuple[Discrepancy, bool]]:
-        """On record under a number, and whether they are new; one that is open already keeps its number."""
+    async def record(
+        self, found: Sequence[Finding], letters: Letters | None = None, before: Acts | None = None
+    ) -> list[tuple[Discrepancy, bool]]:
+        """On record under a number, and whether they are new; one that is open already keeps its number. See ``Register.keep``."""
         assert self._register is not None, "started"
-        return [(discrepancy(row), new) for row, new in await self._register.keep([_row(each) for each in found])]
+        kept = await self._register.keep([_row(each) for each in found], letters, before)
+        return [(discrepancy(row), new) for row, new in kept]
 
     async def write(self, documents: Sequence[Document]) -> None:
         """What is found is recorded, what is gone is ended. A correction is on record before it is made, and not told here."""
