@@ -48,6 +48,7 @@ class Renderer:
             "count": count,
             "signed": signed,
             "document": document,
+            "brief": brief,
             "moves": moves,
         }
         self._env.globals |= {"chart": charts, "split": split_key, "separator": SEPARATOR}
@@ -115,7 +116,7 @@ def document(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: document(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): document(each) for key, each in value.items()}
+        return {visible(str(key)): document(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [document(each) for each in value]
     if isinstance(value, str):
@@ -125,6 +126,17 @@ def document(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     return visible(str(value))
+
+
+def brief(value: Any) -> str:
+    """What ``document`` made, in a few words for a cell of a table: ``m1, m2``, ``region: eu``, ``yes``, ``none``."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {brief(each)}" for key, each in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(brief, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def pretty(text: str) -> str:
