@@ -7,13 +7,14 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import uvicorn
 from redis.asyncio import Redis
 from sqlalchemy import update
+from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from inventory_sdk import Inventory, Lane, Line
@@ -22,11 +23,13 @@ from inventory_sdk.ledger.schema import tables
 from inventory_sdk.model import key_of
 from inventory_sdk.reconcile.model import Discrepancy, Reconcile
 from inventory_sdk.web import admin_app
-from inventory_sdk.web.admin import Account, PasswordAuth, Role, hash_password
+from inventory_sdk.web.admin import Account, PasswordAuth, Role, hash_password, passwords
 
 SECRET = "a secret of the tests, long enough"
 PASSWORD = "correct horse battery"
-HASHED = hash_password(PASSWORD)
+with pytest.MonkeyPatch.context() as _cheap:
+    _cheap.setattr(passwords, "_COST", (14, 8, 1))  # the least that is taken: a real one costs six times as much
+    HASHED = hash_password(PASSWORD)
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u202e"
 """A name that tries a script, markup, attributes, a template, and turns the direction of writing."""
 LINK = "fast-allocation"
@@ -53,6 +56,10 @@ class Servers:
         found.alerts.watch(StockOut(minutes=60), Drift(window=3600))
         return found
 
+    def behind(self, port: int) -> Servers:
+        """The same, with a database that is reached through a proxy on this port."""
+        return replace(self, database=make_url(self.database).set(port=port).render_as_string(hide_password=False))
+
     async def sweep(self) -> None:
         """Remove what the shop left."""
         client = Redis.from_url(self.redis)
@@ -60,6 +67,10 @@ class Servers:
         if keys:
             await client.delete(*keys)
         await client.aclose()
+        await self.sweep_database()
+
+    async def sweep_database(self) -> None:
+        """Its tables only."""
         engine = create_async_engine(self.database)
         async with engine.begin() as connection:
             await connection.run_sync(tables(f"{self.namespace}_").metadata.drop_all)

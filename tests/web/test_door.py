@@ -283,14 +283,62 @@ async def test_what_refreshes_itself_leaves_for_the_sign_in_when_the_session_has
     assert (answer.status_code, answer.headers["hx-redirect"], answer.text) == (401, "/sign-in", "")
 
 
-@pytest.mark.parametrize("back", ["https://elsewhere.test/", "//elsewhere.test", "/\\elsewhere.test", "javascript:alert(1)", "", "x"])
-async def test_after_the_sign_in_one_stays_here(whole: Inventory, back: str) -> None:
+async def test_after_the_sign_in_one_stays_here(whole: Inventory) -> None:
+    away = ["https://elsewhere.test/", "//elsewhere.test",
+            "/\\elsewhere.test", "/\t/elsewhere.test", "\\\\elsewhere.test", "javascript:alert(1)",
+            "/\r\nset-cookie: a=b", "", "x"]  # fmt: skip
     async with client(admin_app(whole, auth=signing())) as browser:
-        answer = await sign_in(browser, "olga", next=back)
-    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        for back in away:
+            answer = await sign_in(browser, "olga", next=back)
+            assert (answer.status_code, answer.headers["location"]) == (303, "/"), back
+            assert answer.headers.get_list("set-cookie") == [answer.headers["set-cookie"]]
     cookie = answer.headers["set-cookie"]
     for part in ("HttpOnly", "Secure", "SameSite=strict", "Path=/"):
         assert part in cookie
+
+
+async def test_a_session_is_made_at_the_sign_in_whatever_the_browser_brings(whole: Inventory) -> None:
+    """Nobody can give somebody a session and know it after the sign-in; nor is there one before it."""
+    async with client(admin_app(whole, auth=signing())) as enemy, client(admin_app(whole, auth=signing())) as browser:
+        assert "set-cookie" not in (await browser.get("/sign-in")).headers
+        planted = (await sign_in(enemy, "victor")).cookies["inventory_admin"]
+        browser.cookies.set("inventory_admin", planted, domain="admin.test")
+        mine = (await sign_in(browser, "olga")).cookies["inventory_admin"]
+        assert mine != planted
+        again = (await sign_in(browser, "olga")).cookies["inventory_admin"]
+        assert again != mine
+
+
+async def test_another_site_cannot_sign_somebody_in(whole: Inventory) -> None:
+    async with client(admin_app(whole, auth=signing())) as browser:
+        for headers in ({"sec-fetch-site": "cross-site"}, {"origin": "https://elsewhere.test"}, {"origin": "null"}):
+            answer = await browser.post("/sign-in", data={"name": "olga", "password": PASSWORD}, headers=headers)
+            assert (answer.status_code, "set-cookie" in answer.headers) == (403, False), headers
+
+
+async def test_one_who_has_to_wait_is_told_so_and_how_long(whole: Inventory) -> None:
+    async with client(admin_app(whole, auth=signing())) as browser:
+        for _ in range(5):
+            assert (await sign_in(browser, "olga", "a wrong password")).status_code == 401
+        answer = await sign_in(browser, "olga")
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "too many wrong passwords; retry after" in answer.text
+
+
+async def test_a_correction_needs_the_numbers_that_were_seen(whole: Inventory) -> None:
+    async with client(admin_app(whole, auth=Named()), **{"x-user": "olga"}) as browser:
+        form = {"token": await token(browser), "number": "1", "why": "counted"}
+        for seen, status in (({}, 422), ({"available": "x", "reserved": "0"}, 422), ({"available": "-4", "reserved": "0"}, 409)):
+            assert (await browser.post("/discrepancy/correct", data={**form, **seen})).status_code == status
+            assert not await corrected(whole)
+        offered = re.search('name="available" value="(-?[0-9]+)"', (await browser.get("/discrepancy?number=1")).text)
+        assert offered is not None
+        for _ in range(2):
+            answer = await browser.post("/discrepancy/correct", data={**form, "available": offered[1], "reserved": "0"})
+            assert (answer.status_code, answer.headers["location"]) == (303, "/discrepancy?number=1")
+    assert [row.kind for row in (await whole.ledger.pages.audit()).rows] == ["correct"]
+    assert (await whole.stock.level("a")).available == 10
 
 
 async def test_a_long_form_is_not_read_to_its_end(whole: Inventory) -> None:

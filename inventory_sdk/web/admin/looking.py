@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+from redis.exceptions import RedisError
+
 from inventory_sdk.errors import InventoryError, NotStarted
 from inventory_sdk.ledger.protocol import LedgerUnavailable
 from inventory_sdk.model import SEPARATOR, Lane, split_key
@@ -47,8 +49,9 @@ class Fact(Generic[T]):
     trouble: str = ""
 
 
-async def fact(ask: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> Fact[T]:
+async def fact(ask: Callable[[], Awaitable[T]], patience: float | None = None) -> Fact[T]:
     """The answer, or its error in words. Errors are expected here: they are what the page is for."""
+    patience = PATIENCE if patience is None else patience
     try:
         async with asyncio.timeout(patience):
             return Fact(await ask())
@@ -58,6 +61,8 @@ async def fact(ask: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> F
         return Fact(None, "the inventory has not started")
     except InventoryError as error:
         return Fact(None, str(error))
+    except RedisError as error:
+        return Fact(None, f"Redis does not answer: {error}")
     except Exception as error:  # a driver's own, from a server that is in pieces
         log.warning("the pages could not read something", exc_info=True)
         return Fact(None, f"{type(error).__name__}: {error}")

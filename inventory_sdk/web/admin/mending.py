@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from inventory_sdk.errors import InventoryError
+from inventory_sdk.errors import InvalidOperation, InventoryError
 from inventory_sdk.ledger.register import AnotherState
 from inventory_sdk.web.admin.acting import Act, Acting, filled, reason, who, whole
 from inventory_sdk.web.admin.controllers import GrayLinks, Reconciler, controllers_of
@@ -97,7 +97,10 @@ class Mending:
         if not raw.isdecimal() or len(raw) > 18:
             raise HTTPException(404)
         reconciler, number = self._reconciler(), int(raw)
-        found = await of_ledger(lambda: reconciler.discrepancy(number))
+        try:
+            found = await of_ledger(lambda: reconciler.discrepancy(number))
+        except InvalidOperation:
+            raise HTTPException(404) from None
         proposal: Fact[Any] = Fact(None)
         if found.state in ("open", "correcting"):
             proposal = await fact(lambda: reconciler.propose(number))
