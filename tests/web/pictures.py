@@ -10,6 +10,7 @@ import random
 import sys
 import uuid
 from pathlib import Path
+from urllib.parse import urlencode
 
 from playwright.async_api import async_playwright
 
@@ -28,7 +29,7 @@ def pages(shop: Desk) -> dict[str, str]:
         "overview": "/",
         "operation": "/operation?merchant=m1&id=order-42",
         "refused": "/operation?merchant=m1&id=oversold-lid",
-        "product": f"/product?merchant=m1&sku={sku}",
+        "product": "/product?" + urlencode({"merchant": "m1", "sku": sku}),
         "products": "/products?merchant=m1",
         "merchants": "/search",
         "search": "/search?q=order-42",

@@ -198,7 +198,7 @@ def test_accounts_come_from_a_file(tmp_path: Path) -> None:
     [
         ("sku-7", "sku-7"),
         ("é😀 ß", "é😀 ß"),
-        ("a\x1fb\x00\x7f", "a␟b␀␡"),
+        ("a\x1fb\x00\n\x7f", "a⟨US⟩b⟨NUL⟩⟨LF⟩⟨U+007F⟩"),
         ("gnp\u202egpj.exe", "gnp⟨U+202E⟩gpj.exe"),
         ("a\u200bb\u00a0c", "a⟨U+200B⟩b⟨U+00A0⟩c"),
     ],

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 
+from inventory_sdk.ledger.pages import Counters
 from inventory_sdk.model import SEPARATOR, Kind, split_key
 from inventory_sdk.web.admin import charts
 from inventory_sdk.web.admin.door import form_token, path_of, root_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MINUTE: Final = 60
 HOUR: Final = 3600
 DAY: Final = 86_400
+COUNTERS: Final = Counters._fields
 
 
 class Renderer:
@@ -49,6 +51,7 @@ class Renderer:
             "signed": signed,
             "document": document,
             "brief": brief,
+            "told": told,
             "moves": moves,
         }
         self._env.globals |= {"chart": charts, "split": split_key, "separator": SEPARATOR}
@@ -128,6 +131,27 @@ def document(value: Any) -> Any:
     return visible(str(value))
 
 
+def told(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison's evidence with its numbers named: it has balances as plain lists, and operations by their keys."""
+    return {name: _named(value) for name, value in evidence.items()}
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        parts: dict[str, Any] = {}
+        for name, each in value.items():
+            if name == "operation" and isinstance(each, str) and SEPARATOR in each:
+                parts["merchant"], parts[name] = split_key(each)
+            else:
+                parts[name] = _named(each)
+        return parts
+    if isinstance(value, list | tuple):
+        if len(value) in (2, len(COUNTERS)) and all(type(each) is int for each in value):
+            return dict(zip(COUNTERS, value, strict=False))
+        return [_named(each) for each in value]
+    return value
+
+
 def brief(value: Any) -> str:
     """What ``document`` made, in a few words for a cell of a table: ``m1, m2``, ``region: eu``, ``yes``, ``none``."""
     if isinstance(value, Mapping):
@@ -136,6 +160,8 @@ def brief(value: Any) -> str:
         return ", ".join(map(brief, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
     return "none" if value is None else str(value)
 
 
