@@ -58,7 +58,7 @@ class Stand:
 
     async def looks_everywhere(self) -> dict[str, tuple[int, str]]:
         """Every page comes, as a page, and none of them is a traceback or an error that nobody foresaw."""
-        found = {path: await self.looks(path) for path in PAGES}
+        found = dict(zip(PAGES, await asyncio.gather(*map(self.looks, PAGES)), strict=True))
         for path, (status, text) in found.items():
             assert status in (200, 303, 503), path
             assert "Traceback" not in text, path
@@ -67,11 +67,7 @@ class Stand:
 
 
 @pytest.fixture
-async def stand(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stand]:
-    for each in (acting, admin, looking):
-        monkeypatch.setattr(each, "PATIENCE", 0.2)
-    for module in (looking, finding):
-        monkeypatch.setattr(module, "LEDGER_PATIENCE", 0.2)
+async def stand() -> AsyncIterator[Stand]:
     database = make_url(service_url("postgresql"))
     async with AsyncExitStack() as stack:
         redis = stack.enter_context(redis_server())
@@ -144,6 +140,10 @@ async def test_without_the_database_redis_is_shown_and_nothing_is_done_that_cann
     if how == "refuses":
         await stand.database.refuse()
     else:
+        for each in (acting, admin, looking):
+            monkeypatch.setattr(each, "PATIENCE", 0.5)
+        for module in (looking, finding):
+            monkeypatch.setattr(module, "LEDGER_PATIENCE", 0.5)
         stand.database.hold()
     found = await stand.looks_everywhere()
     assert found["/"][0] == 200

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Browser
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -58,8 +61,8 @@ def everywhere(shop: Desk) -> list[str]:
     ]
 
 
-async def test_nobody_sees_anything_before_signing_in(visit: Visit, shop: Desk) -> None:
-    for path in [*everywhere(shop), "/overview", "/nowhere"]:
+async def test_nobody_sees_anything_before_signing_in(visit: Visit) -> None:
+    for path in ("/", "/search?q=order-42", "/product?merchant=m1&sku=phone-15", "/later", "/frozen", "/audit", "/nowhere"):
         await visit.goes(path)
         assert await visit.page.locator("h1").inner_text() == "Sign in"
         assert await visit.page.locator("table, nav").count() == 0
@@ -315,32 +318,74 @@ async def test_signing_out_ends_the_session_also_for_a_copied_cookie(visit: Visi
     assert await visit.page.locator("h1").inner_text() == "Sign in"
 
 
-# What others wrote ---------------------------------------------------------------------------------------------------------------------
+# How pages look, and what others wrote on them ------------------------------------------------------------------------------------------
+
+LOOK = Path(__file__).with_name("look.js").read_text()
+FINE = {"wide": 0, "faint": [], "small": [], "unnamed": [], "headings": 1}
+ENEMIES = """() => ({
+    scripts: [...document.scripts].map(each => each.getAttribute('src')),
+    images: document.images.length,
+    handlers: [...document.querySelectorAll('*')].flatMap(each => [...each.attributes])
+        .filter(each => each.name.startsWith('on') || each.value.trim().toLowerCase().startsWith('javascript:')).length,
+    inline: document.querySelectorAll('style, [style], iframe, object, embed, base').length,
+})"""
 
 
-async def test_whatever_somebody_chose_as_a_name_or_a_reason_is_only_ever_text(visit: Visit, shop: Desk) -> None:
-    """Every page, as an operator: nobody's text became an element, and every kind of it was really shown somewhere."""
+@dataclass(frozen=True)
+class Seen:
+    """One page as an operator with a telephone sees it, with everything unfolded."""
+
+    text: str
+    enemies: dict[str, Any]
+    light: dict[str, Any]
+    dark: dict[str, Any]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def tour(browser: Browser, shop: Desk) -> dict[str, Seen]:
+    """Every page, once."""
+    context = await browser.new_context(color_scheme="light", viewport={"width": 390, "height": 844}, reduced_motion="reduce")
+    visit = Visit(await context.new_page(), shop.url, shop.auth)
+    seen: dict[str, Seen] = {}
+
+    async def look(path: str) -> None:
+        await visit.goes(path)
+        for summary in await visit.page.locator("main summary").all():
+            await summary.click()
+        enemies, light = await visit.page.evaluate(ENEMIES), await visit.page.evaluate(LOOK)
+        await visit.page.emulate_media(color_scheme="dark")
+        dark = await visit.page.evaluate(LOOK)
+        await visit.page.emulate_media(color_scheme="light")
+        seen[path] = Seen(await visit.text("html") + await visit.page.title(), enemies, light, dark)
+
+    await look("/sign-in")
     await visit.is_("olga")
     await visit.goes(f"/link?link={LINK}")
     await visit.acts("Kill", hostile("reason-"))
     await visit.acts("Restore", "as it was")
-    enemies = """() => ({
-        scripts: [...document.scripts].map(each => each.getAttribute('src')),
-        images: document.images.length,
-        handlers: [...document.querySelectorAll('*')].flatMap(each => [...each.attributes])
-            .filter(each => each.name.startsWith('on') || each.value.trim().toLowerCase().startsWith('javascript:')).length,
-        inline: document.querySelectorAll('style, [style], iframe, object, embed, base').length,
-    })"""
-    seen = ""
-    for path in [*everywhere(shop), "/search?" + urlencode({"q": HOSTILE, "merchant": HOSTILE}), "/product?" + urlencode({"sku": HOSTILE})]:
-        await visit.goes(path)
-        found = await visit.page.evaluate(enemies)
-        assert found == {"scripts": ["/static/htmx.min.js"], "images": 0, "handlers": 0, "inline": 0}, path
-        seen += await visit.text("html") + await visit.page.title()
-    visit.complaints = [each for each in visit.complaints if "404" not in each]  # there is no such product
+    for path in everywhere(shop):
+        await look(path)
+    await look("/search?" + urlencode({"q": HOSTILE, "merchant": HOSTILE}))
+    assert visit.complaints == []
+    await look("/product?" + urlencode({"sku": HOSTILE}))  # there is none
+    await context.close()
+    return seen
+
+
+async def test_whatever_somebody_chose_as_a_name_or_a_reason_is_only_ever_text(tour: dict[str, Seen]) -> None:
+    """Nobody's text became an element, and every kind of it was really shown somewhere."""
+    for path, seen in tour.items():
+        assert seen.enemies == {"scripts": ["/static/htmx.min.js"], "images": 0, "handlers": 0, "inline": 0}, path
+        assert "49" not in seen.text.rpartition("\n")[2], path
+    text = "".join(each.text for each in tour.values())
     for what in ("sku-", "shop-", "order-", "po-", "hold-", "count-", "why-", "who-", "no-", "kind-", "is-", "reason-", "sale-"):
-        assert what + SHOWN in seen, what
-    assert "49" not in await visit.page.title()
+        assert what + SHOWN in text, what
+
+
+async def test_pages_fit_a_telephone_and_can_be_read_in_light_and_dark(tour: dict[str, Seen]) -> None:
+    for path, seen in tour.items():
+        assert seen.light == FINE, path
+        assert seen.dark == FINE, path
 
 
 # How it behaves ------------------------------------------------------------------------------------------------------------------------
@@ -356,25 +401,6 @@ async def test_the_overview_refreshes_itself_without_losing_the_place(visit: Vis
         await visit.page.evaluate("htmx.ajax('GET', '/overview', {target: '#overview', swap: 'outerMorph'})")
     await visit.page.wait_for_function("document.activeElement.textContent.includes('Frozen SKUs')")
     assert await visit.page.locator("#overview").count() == 1
-
-
-LOOK = Path(__file__).with_name("look.js").read_text()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_pages_fit_a_telephone_and_can_be_read_in_light_and_dark(browser: Browser, shop: Desk, scheme: str) -> None:
-    context = await browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 844})  # type: ignore[arg-type]
-    visit = Visit(await context.new_page(), shop.url, shop.auth)
-    await visit.goes("/")
-    assert (await visit.page.evaluate(LOOK))["faint"] == []
-    await visit.signs_in("olga")
-    for path in everywhere(shop):
-        await visit.goes(path)
-        for summary in await visit.page.locator("main summary").all():
-            await summary.click()
-        assert await visit.page.evaluate(LOOK) == {"wide": 0, "faint": [], "small": [], "unnamed": [], "headings": 1}, path
-    await context.close()
-    assert visit.complaints == []
 
 
 async def test_by_keyboard_one_comes_to_the_content_and_sees_where_one_is(visit: Visit) -> None:

@@ -105,11 +105,12 @@ class LaneFacts:
 @dataclass(frozen=True, slots=True)
 class Firing:
     """A business alert that fires (``alerts.Alert``). ``merchant`` and ``sku`` where it is about one, else ``subject`` names it.
-    ``silenced``: nobody is told of it for now."""
+    ``seconds``: since it was first found. ``silenced``: nobody is told of it for now."""
 
     alert: Any
     merchant: str
     sku: str
+    seconds: float
     silenced: bool
 
 
@@ -161,7 +162,12 @@ class Looking:
             silences, now = await parts.alerts.silences(), time.time()
             return sorted(
                 [
-                    Firing(each, *_sku_of(each.subject), any(silence.covers(each.rule, each.subject, now) for silence in silences))
+                    Firing(
+                        each,
+                        *_sku_of(each.subject),
+                        now - each.since,
+                        any(silence.covers(each.rule, each.subject, now) for silence in silences),
+                    )
                     for each in await parts.alerts.firing()
                 ],
                 key=lambda each: (each.silenced, each.alert.severity != "critical"),
