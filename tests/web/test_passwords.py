@@ -121,6 +121,8 @@ async def test_those_who_know_their_password_never_wait_for_each_other(monkeypat
     mine = auth()
     for _ in range(200):
         assert await mine.sign_in("olga", PASSWORD, "the office") is not None
+    assert await mine.sign_in("victor", "a slip", "the office") is None
+    assert await mine.sign_in("olga", PASSWORD, "the office") is not None
 
 
 async def test_failures_are_forgotten_after_a_quiet_hour(monkeypatch: pytest.MonkeyPatch) -> None:
