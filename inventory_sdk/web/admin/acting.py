@@ -50,8 +50,9 @@ class Acting:
         """The row is committed before ``do`` begins. Cancelled or killed in between, it goes on saying ``begun``: nobody knows more."""
         pages = self._inventory.ledger.pages
         number = await self._begun(who(request).name, act)
+        limit = asyncio.timeout(LONGEST_ACT)
         try:
-            async with asyncio.timeout(LONGEST_ACT) as limit:
+            async with limit:
                 said = await do()
             outcome = f"done: {said}" if isinstance(said, str) else "done"
         except TimeoutError as error:

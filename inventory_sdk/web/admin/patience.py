@@ -36,8 +36,9 @@ class Patience:
             await send(message)
 
         looks = scope["method"] in ("GET", "HEAD")
+        limit = asyncio.timeout(LONGEST_LOOK if looks else LONGEST_SENT)
         try:
-            async with asyncio.timeout(LONGEST_LOOK if looks else LONGEST_SENT) as limit:
+            async with limit:
                 await self.app(scope, receive, noted)
         except TimeoutError:
             if begun or not limit.expired():
