@@ -141,6 +141,11 @@ class Alerts:
 
     # Asking ---------------------------------------------------------------------------------------------------------------------
 
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The names of what is watched, in the order of ``watch``."""
+        return tuple(self._rules)
+
     async def firing(self) -> list[Alert]:
         """What fires now, silenced or not, longest first."""
         now = await self._now(self._ground())

@@ -41,6 +41,7 @@ BEGUN: Final = "begun"
 MAX_OUTCOME: Final = 2000
 
 _ORDER: Final = ("at_ms", "partition", "epoch", "seq", "index")
+_PLACE: Final = ("partition", "epoch", "seq", "index")
 _CHANGE: Final = ("merchant", "sku", "version", "partition", "epoch", "seq", "index", "line", "quantity")
 
 
@@ -126,16 +127,22 @@ class SqlPages:
         return query
 
     async def named(self, name: str, merchant: str | None = None) -> list[OperationRow]:
-        """By claim, and by the claim of the reserve for a reservation's name: both are the same text."""
+        """By claim, and by the claim of the reserve for a reservation's name: both are the same text. Refused operations have no claim:
+        they are found by what took them back."""
         if len(name.encode()) > ID_BYTES:
             return []
         async with self._reading() as connection:
             homes = [merchant] if merchant is not None else await self._merchants(connection, MOST_MERCHANTS, "")
             keys = [key_of(home, name) for home in homes]
-            found = await self._store.bulk.select(
-                connection, self._store.tables.operation, rows.OPERATION_COLUMNS, ("claim",), [(key,) for key in keys if _fits(key)]
-            )
-        return sorted((rows.operation_row(row) for row in found), key=lambda row: row.key)
+            wanted = [(key,) for key in keys if _fits(key)]
+            bulk, tables = self._store.bulk, self._store.tables
+            found = list(await bulk.select(connection, tables.operation, rows.OPERATION_COLUMNS, ("claim",), wanted))
+            voids = await bulk.select(connection, tables.void, _PLACE, ("key",), wanted)
+            places = sorted({tuple(row) for row in voids}, reverse=True)[:RELATIVES]
+            if places:
+                found += await bulk.select(connection, tables.operation, rows.OPERATION_COLUMNS, _PLACE, places)
+        by_place = {(row.position, row.index): row for row in map(rows.operation_row, found)}
+        return sorted(by_place.values(), key=lambda row: (row.key, row.status == "rejected", row.position, row.index))
 
     async def life(self, position: Position, index: int) -> Life | None:
         """A handful of readings by key in one transaction: they all see the same moment as far as the database's level allows."""

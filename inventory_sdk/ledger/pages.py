@@ -159,7 +159,8 @@ class Pages(Protocol):
         ...
 
     async def named(self, name: str, merchant: str | None = None) -> list[OperationRow]:
-        """Operations whose id, or whose reservation's name, this is; without a merchant: of the first 1000 merchants."""
+        """Operations whose id, or whose reservation's name, this is, refused ones behind the one that has the id; without a merchant: of
+        the first 1000 merchants."""
         ...
 
     async def life(self, position: Position, index: int) -> Life | None:

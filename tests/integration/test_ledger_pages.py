@@ -69,6 +69,19 @@ async def test_an_id_is_found_with_and_without_its_merchant(ledger: SqlLedger) -
     assert await ledger.pages.named("é" * 1000) == []
 
 
+async def test_a_refused_operation_is_found_by_its_id_too_behind_the_one_that_has_it(ledger: SqlLedger) -> None:
+    await ledger.apply(0, 1, [entry(1, op("deduct", "o-1", ("a", 99)), op("deduct", "o-2", ("a", 98)))])
+    for merchant in (M, None):
+        (row,) = await ledger.pages.named("o-1", merchant)
+        assert (row.key, row.status, row.position, row.index) == (key_of(M, "o-1"), "rejected", Position(0, 1, 1), 0)
+    await ledger.apply(0, 1, [entry(2, op("deduct", "o-1", ("a", 1)))])
+    assert [(row.status, row.position) for row in await ledger.pages.named("o-1", M)] == [
+        ("applied", Position(0, 1, 2)),
+        ("rejected", Position(0, 1, 1)),
+    ]
+    assert await ledger.pages.named("o-1", "other") == []
+
+
 async def test_products_are_listed_by_merchant_or_by_the_beginning_of_their_name(ledger: SqlLedger) -> None:
     lines = [("sku-1", 1), ("sku-2", 1), ("sku-10", 1), (HOSTILE, 1), ("sku\U0010ffff", 1)]
     await kit.restock(ledger, "po-2", *lines)

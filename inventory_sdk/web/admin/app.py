@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,15 +18,17 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from inventory_sdk.errors import InvalidOperation, InventoryError
+from inventory_sdk.errors import InvalidOperation, InventoryError, NotStarted, Overloaded
+from inventory_sdk.ledger.protocol import LedgerUnavailable
 from inventory_sdk.web.admin.acting import Acting
 from inventory_sdk.web.admin.auth import Auth, SignsIn, TooManyTries, User
 from inventory_sdk.web.admin.controllers import controllers_of
 from inventory_sdk.web.admin.door import Door, root_of
 from inventory_sdk.web.admin.finding import Finding
-from inventory_sdk.web.admin.looking import Looking
+from inventory_sdk.web.admin.looking import PATIENCE, Looking
 from inventory_sdk.web.admin.mending import Mending
 from inventory_sdk.web.admin.passwords import LEAST_SECRET
+from inventory_sdk.web.admin.patience import Patience
 from inventory_sdk.web.admin.render import Renderer
 from inventory_sdk.web.problem import problem
 
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("inventory_sdk.web")
 
 STATIC: Final = Path(__file__).parent / "static"
+AGAIN: Final = 5.0
+"""Seconds between two attempts to start, and how long one may take."""
+LONGEST_START: Final = 10.0
 
 
 class AdminApp:
@@ -65,7 +71,8 @@ class AdminApp:
         ]
         handlers: Any = {HTTPException: self._http_error, InventoryError: self._refused, Exception: self._broken}
         starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._life)
-        self._door = Door(starlette, auth=auth, refuse=self._refuse)
+        self._trouble = ""
+        self._door = Door(Patience(starlette, self._refuse), auth=auth, refuse=self._refuse)
 
     async def __call__(
         self,
@@ -92,23 +99,52 @@ class AdminApp:
 
     @asynccontextmanager
     async def _life(self, _: Starlette) -> AsyncIterator[None]:
-        async with self._inventory:
-            sampling = asyncio.create_task(self._looking.run(), name="inventory admin samples")
+        """A server that is away keeps the inventory from starting, not the pages: they say so, and it is tried again."""
+        begun = await self._begun()
+        living = asyncio.create_task(self._live(begun), name="inventory admin")
+        try:
+            yield
+        finally:
+            living.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await living
+
+    async def _live(self, begun: bool) -> None:
+        while not begun:
+            await asyncio.sleep(AGAIN)
             try:
-                yield
-            finally:
-                sampling.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await sampling
+                begun = await self._begun()
+            except Exception as error:
+                self._trouble = f"{type(error).__name__}: {error}"
+                log.exception("the inventory can't start")
+        try:
+            await self._looking.run()
+        finally:
+            await self._inventory.close()
+
+    async def _begun(self) -> bool:
+        """Whether the inventory has started. What can't pass by itself (a wrong setting) is raised."""
+        try:
+            async with asyncio.timeout(LONGEST_START):
+                await self._inventory.start()
+        except (Overloaded, RedisError, OSError, TimeoutError) as error:  # TimeoutError is an OSError: it says nothing by itself
+            self._trouble = str(error) or f"no answer for {LONGEST_START:g} s"
+            log.warning("the inventory can't start, and is tried again in %g s: %s", AGAIN, self._trouble)
+            return False
+        if self._trouble:
+            log.info("the inventory has started")
+        self._trouble = ""
+        return True
 
     # The overview ------------------------------------------------------------------------------------------------------------
 
     async def _overview(self, request: Request) -> Response:
         live = request.query_params.get("live") != "off"
-        return self._renderer.page(request, "overview.html", overview=await self._looking.overview(), live=live)
+        found = await self._looking.overview()
+        return self._renderer.page(request, "overview.html", overview=found, live=live, trouble=self._trouble)
 
     async def _overview_part(self, request: Request) -> Response:
-        return self._renderer.page(request, "overview_part.html", overview=await self._looking.overview(), live=True)
+        return self._renderer.page(request, "overview_part.html", overview=await self._looking.overview(), live=True, trouble=self._trouble)
 
     # Who comes and goes --------------------------------------------------------------------------------------------------------
 
@@ -145,8 +181,9 @@ class AdminApp:
     async def _note_sign_in(self, user: User, address: str) -> None:
         try:
             pages = self._inventory.ledger.pages
-            await pages.end_act(await pages.begin_act(user.name, "sign_in", details={"address": address}), "done")
-        except InventoryError:
+            async with asyncio.timeout(PATIENCE):
+                await pages.end_act(await pages.begin_act(user.name, "sign_in", details={"address": address}), "done")
+        except (InventoryError, TimeoutError):
             # Who can't be written down may look all the same: at a time like this that is why they come.
             log.warning("the sign-in of %s could not be written to the audit", user.name, exc_info=True)
 
@@ -161,7 +198,7 @@ class AdminApp:
     # What goes wrong -------------------------------------------------------------------------------------------------------------
 
     def _refuse(self, request: Request, status: int, what: str, why: str) -> Response:
-        return self._renderer.page(request, "refused.html", status, what=what, why=why, status_code=status)
+        return self._renderer.page(request, "refused.html", status, what=what, why=why, status_code=status, back=None)
 
     async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -170,6 +207,11 @@ class AdminApp:
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, InventoryError)
+        if isinstance(error, NotStarted) and self._trouble:
+            return self._refuse(request, 503, "Not connected yet", f"The inventory can't start: {self._trouble}. It is tried again.")
+        if isinstance(error, LedgerUnavailable):
+            why = f"{error}. The overview shows what can be seen without it."
+            return self._refuse(request, 503, "The database can't be asked now", why)
         answer = problem(error)
         if answer is None:
             log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)

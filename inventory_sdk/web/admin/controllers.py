@@ -53,6 +53,15 @@ class Redistribution(Protocol):
     def triggers(self) -> Sequence[Any]: ...
 
 
+class Alerts(Protocol):
+    """``inventory.alerts``: what fires now, and of what nobody is told. ``rules``: the names of what is watched."""
+
+    @property
+    def rules(self) -> Sequence[str]: ...
+    async def firing(self) -> Sequence[Any]: ...
+    async def silences(self) -> Sequence[Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Controllers:
     """Those that this inventory has."""
@@ -61,6 +70,7 @@ class Controllers:
     reconciler: Reconciler | None
     hotspots: Hotspots | None
     redistribution: Redistribution | None
+    alerts: Alerts | None
 
 
 def controllers_of(inventory: Inventory) -> Controllers:
@@ -69,4 +79,4 @@ def controllers_of(inventory: Inventory) -> Controllers:
     def part(name: str) -> Any:
         return getattr(inventory, name, None)
 
-    return Controllers(part("gray_links"), part("reconciler"), part("hotspots"), part("redistribution"))
+    return Controllers(part("gray_links"), part("reconciler"), part("hotspots"), part("redistribution"), part("alerts"))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from inventory_sdk.errors import InvalidOperation, InventoryError
-from inventory_sdk.ledger.pages import Life, Moment
+from inventory_sdk.errors import InvalidOperation, Overloaded
+from inventory_sdk.ledger.pages import Life, Moment, Page
+from inventory_sdk.ledger.protocol import OperationRow, StockRow
 from inventory_sdk.model import MAX_ID_BYTES, Position, Receipt, StockLevel, check_text, key_of
 from inventory_sdk.stock.batch import read_entries
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.web.admin.acting import Act, Acting, filled, reason
-from inventory_sdk.web.admin.looking import Fact, fact
+from inventory_sdk.web.admin.door import root_of
+from inventory_sdk.web.admin.looking import LEDGER_PATIENCE, Fact, fact, of_ledger
 from inventory_sdk.web.admin.render import Renderer, pretty
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 SIZE: Final = 50
 FEW: Final = 10
+MERCHANTS: Final = 100
 LONGEST: Final = 3 * MAX_ID_BYTES
 """Characters of something that is searched for."""
 
@@ -36,6 +41,16 @@ class Journaled:
     operations: int
     nonce: str
     at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class InLedger:
+    """What a search has found there; None where that was not asked."""
+
+    operations: Page[OperationRow, Moment] | None = None
+    named: Sequence[OperationRow] = ()
+    products: Page[StockRow, tuple[str, str]] | None = None
+    merchants: Sequence[str] = ()
 
 
 class Finding:
@@ -59,31 +74,29 @@ class Finding:
     # Search -----------------------------------------------------------------------------------------------------------------
 
     async def _search(self, request: Request) -> Response:
-        pages = self._inventory.ledger.pages
         asked, merchant = _asked(request, "q"), _asked(request, "merchant") or None
         before = _moment(request.query_params.get("before"))
-        facts: dict[str, Any] = {
-            "q": asked,
-            "merchant": merchant or "",
-            "merchants": [],
-            "named": [],
-            "products": [],
-            "more_products": False,
-        }
-        facts |= {"operations": None, "before": before, "pending": None}
-        if asked:
-            facts["operations"] = await pages.operations(order=asked, merchant=merchant, limit=SIZE, before=before)
-            if before is None:
-                facts["named"] = await pages.named(asked, merchant)
-                found = await pages.products(merchant=merchant, prefix=asked, limit=FEW)
-                facts["products"], facts["more_products"] = found.rows, found.next is not None
-                if not facts["named"]:
-                    facts["pending"] = (await fact(lambda: self._status(asked, merchant))).value
-        elif merchant:
-            facts["operations"] = await pages.operations(merchant=merchant, limit=SIZE, before=before)
-        else:
-            facts["merchants"] = await pages.merchants(limit=100)
-        return self._renderer.page(request, "search.html", **facts)
+        ledger = await fact(lambda: self._in_ledger(asked, merchant, before), LEDGER_PATIENCE)
+        found = ledger.value or InLedger()
+        pending = level = None
+        if asked and before is None and not found.named:
+            pending = (await fact(lambda: self._status(asked, merchant))).value
+            if ledger.trouble and merchant is not None:
+                level = (await fact(lambda: self._level(merchant, asked))).value
+        asking = {"q": asked, "merchant": merchant or "", "before": before}
+        status = 503 if ledger.trouble else 200
+        page = "search.html"
+        return self._renderer.page(request, page, status, **asking, ledger=ledger, found=found, pending=pending, level=level)
+
+    async def _in_ledger(self, asked: str, merchant: str | None, before: Moment | None) -> InLedger:
+        pages = self._inventory.ledger.pages
+        if not asked and not merchant:
+            return InLedger(merchants=await pages.merchants(limit=MERCHANTS))
+        operations = await pages.operations(order=asked or None, merchant=merchant, limit=SIZE, before=before)
+        if not asked or before is not None:
+            return InLedger(operations)
+        products = await pages.products(merchant=merchant, prefix=asked, limit=FEW)
+        return InLedger(operations, await pages.named(asked, merchant), products)
 
     async def _status(self, operation_id: str, merchant: str | None) -> Receipt | None:
         """What Redis has accepted and the ledger has not applied yet."""
@@ -96,7 +109,8 @@ class Finding:
         merchant, prefix = _asked(request, "merchant") or None, _asked(request, "q")
         raw = request.query_params.get("after")
         after = (request.query_params.get("of", ""), raw) if raw is not None else None
-        page = await self._inventory.ledger.pages.products(merchant=merchant, prefix=prefix, limit=SIZE, after=after)
+        products = self._inventory.ledger.pages.products
+        page = await of_ledger(lambda: products(merchant=merchant, prefix=prefix, limit=SIZE, after=after))
         return self._renderer.page(request, "products.html", page=page, merchant=merchant or "", q=prefix)
 
     # One product ----------------------------------------------------------------------------------------------------------------
@@ -105,19 +119,28 @@ class Finding:
         merchant, sku = _named(request, "merchant"), _named(request, "sku")
         raw = request.query_params.get("before", "")
         before = int(raw) if raw.isdecimal() and len(raw) <= 18 else None
-        rows = await self._inventory.ledger.stock([key_of(merchant, sku)])
-        if not rows:
+        ledger = self._inventory.ledger
+        rows, changes, redis, frozen = await asyncio.gather(
+            fact(lambda: ledger.stock([key_of(merchant, sku)]), LEDGER_PATIENCE),
+            fact(lambda: ledger.pages.changes(merchant, sku, limit=SIZE, before=before), LEDGER_PATIENCE),
+            fact(lambda: self._level(merchant, sku)),
+            fact(lambda: self._is_frozen(merchant, sku)),
+        )
+        if not rows.value and not rows.trouble:
             raise HTTPException(404)
-        changes = await self._inventory.ledger.pages.changes(merchant, sku, limit=SIZE, before=before)
         return self._renderer.page(
             request,
             "product.html",
-            row=rows[0],
-            redis=await fact(lambda: self._level(merchant, sku)),
-            frozen=await fact(lambda: self._is_frozen(merchant, sku)),
+            503 if rows.trouble else 200,
+            merchant=merchant,
+            sku=sku,
+            ledger=rows,
+            row=rows.value[0] if rows.value else None,
+            redis=redis,
+            frozen=frozen,
             changes=changes,
             before=before,
-            history=[float(change.after.available) for change in reversed(changes.rows)],
+            history=[float(change.after.available) for change in reversed(changes.value.rows)] if changes.value else [],
             said=await self._acting.said(request),
         )
 
@@ -139,7 +162,7 @@ class Finding:
             raise HTTPException(404)
         partition, epoch, sequence, index = map(int, numbers)
         position = Position(partition, epoch, sequence)
-        life = await self._inventory.ledger.pages.life(position, index)
+        life = await of_ledger(lambda: self._inventory.ledger.pages.life(position, index))
         if life is None:
             raise HTTPException(404)
         running = self._inventory._running()
@@ -148,26 +171,33 @@ class Finding:
             "operation.html",
             life=life,
             receipt=None,
+            trouble="",
             journaled=await fact(lambda: self._journaled(life)),
             queue="RabbitMQ" if running.queue.confirms else "the journal itself",
         )
 
     async def _by_id(self, request: Request) -> Response:
         merchant, operation_id = _named(request, "merchant"), _asked(request, "id")
-        for row in await self._inventory.ledger.pages.named(operation_id, merchant):
+        ledger = await fact(lambda: self._inventory.ledger.pages.named(operation_id, merchant), LEDGER_PATIENCE)
+        for row in ledger.value or ():
             at = ".".join(map(str, (*row.position, row.index)))
-            return RedirectResponse(f"{request.scope.get('root_path', '').rstrip('/')}/operation?at={at}", 303)
+            return RedirectResponse(f"{root_of(request.scope)}/operation?at={at}", 303)
         receipt = await fact(lambda: self._status(operation_id, merchant))
-        if receipt.value is None and not receipt.trouble:
-            raise HTTPException(404)
         if receipt.value is None:
-            raise InventoryError(f"the ledger does not have {operation_id!r}, and Redis can't be asked: {receipt.trouble}")
+            if ledger.trouble:
+                redis = receipt.trouble or "it does not know it"
+                raise Overloaded(f"the ledger can't be asked about {operation_id!r} ({ledger.trouble}), nor Redis ({redis})")
+            if receipt.trouble:
+                raise Overloaded(f"the ledger does not have {operation_id!r}, and Redis can't be asked: {receipt.trouble}")
+            raise HTTPException(404)
         running = self._inventory._running()
         return self._renderer.page(
             request,
             "operation.html",
+            503 if ledger.trouble else 200,
             life=None,
             receipt=receipt.value,
+            trouble=ledger.trouble,
             journaled=Fact(None),
             queue="RabbitMQ" if running.queue.confirms else "the journal itself",
         )
@@ -191,13 +221,13 @@ class Finding:
     # Frozen stock -----------------------------------------------------------------------------------------------------------------
 
     async def _frozen(self, request: Request) -> Response:
-        frozen = await self._inventory.stock.frozen()
-        rows = {
-            key_of(row.merchant, row.sku): row
-            for row in await self._inventory.ledger.stock([key_of(each.merchant, each.sku) for each in frozen])
-        }
+        frozen = await fact(self._inventory.stock.frozen)
+        keys = [key_of(each.merchant, each.sku) for each in frozen.value or ()]
+        ledger = await fact(lambda: self._inventory.ledger.stock(keys)) if keys else Fact([])
+        rows = {key_of(row.merchant, row.sku): row for row in ledger.value or ()}
+        status = 503 if frozen.trouble else 200
         said = await self._acting.said(request)
-        return self._renderer.page(request, "frozen.html", frozen=frozen, rows=rows, key_of=key_of, said=said)
+        return self._renderer.page(request, "frozen.html", status, frozen=frozen, ledger=ledger, rows=rows, key_of=key_of, said=said)
 
     async def _reopen(self, request: Request) -> Response:
         merchant, sku, why = filled(request, "merchant"), filled(request, "sku"), reason(request)

@@ -13,8 +13,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from inventory_sdk.errors import InventoryError
-from inventory_sdk.model import Lane
+from redis.exceptions import RedisError
+
+from inventory_sdk.errors import InventoryError, NotStarted
+from inventory_sdk.ledger.protocol import LedgerUnavailable
+from inventory_sdk.model import SEPARATOR, Lane, split_key
 from inventory_sdk.stock.batch import read_entries
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.partition import Partition
@@ -29,6 +32,8 @@ log = logging.getLogger("inventory_sdk.web")
 
 PATIENCE: Final = 3.0
 """Seconds that one fact is waited for."""
+LEDGER_PATIENCE: Final = 5.0
+"""Seconds for what is searched and listed in the ledger."""
 SAMPLES: Final = 360
 PERIOD: Final = 5.0
 """Seconds between two samples: half an hour is kept."""
@@ -44,18 +49,32 @@ class Fact(Generic[T]):
     trouble: str = ""
 
 
-async def fact(ask: Callable[[], Awaitable[T]]) -> Fact[T]:
+async def fact(ask: Callable[[], Awaitable[T]], patience: float | None = None) -> Fact[T]:
     """The answer, or its error in words. Errors are expected here: they are what the page is for."""
+    patience = PATIENCE if patience is None else patience
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(patience):
             return Fact(await ask())
     except TimeoutError:
-        return Fact(None, f"no answer for {PATIENCE:g} s")
+        return Fact(None, f"no answer for {patience:g} s")
+    except NotStarted:
+        return Fact(None, "the inventory has not started")
     except InventoryError as error:
         return Fact(None, str(error))
+    except RedisError as error:
+        return Fact(None, f"Redis does not answer: {error}")
     except Exception as error:  # a driver's own, from a server that is in pieces
         log.warning("the pages could not read something", exc_info=True)
         return Fact(None, f"{type(error).__name__}: {error}")
+
+
+async def of_ledger(ask: Callable[[], Awaitable[T]]) -> T:
+    """What a page is nothing without. ``LedgerUnavailable`` also where the database hangs."""
+    try:
+        async with asyncio.timeout(LEDGER_PATIENCE):
+            return await ask()
+    except TimeoutError as error:
+        raise LedgerUnavailable("no_answer", TimeoutError(f"nothing for {LEDGER_PATIENCE:g} s")) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +103,20 @@ class LaneFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Firing:
+    """A business alert that fires (``alerts.Alert``). ``merchant`` and ``sku`` where it is about one, else ``subject`` names it.
+    ``seconds``: since it was first found. ``silenced``: nobody is told of it for now."""
+
+    alert: Any
+    merchant: str
+    sku: str
+    seconds: float
+    silenced: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
-    """One look. Counts end at ``MOST``."""
+    """One look. Counts end at ``MOST``. ``rules``: how many business alerts are watched."""
 
     partitions: Fact[Sequence[PartitionFacts]]
     lanes: Sequence[LaneFacts]
@@ -94,6 +125,8 @@ class Overview:
     hot: Fact[Sequence[Any]]
     links: Fact[Sequence[str]]
     discrepancies: Fact[int]
+    rules: int
+    alerts: Fact[Sequence[Firing]]
     lag: Sequence[float | None]
     pace: Sequence[float | None]
 
@@ -123,21 +156,35 @@ class Looking:
                 return 0
             return len(await parts.reconciler.discrepancies(limit=MOST))
 
+        async def alerts() -> Sequence[Firing]:
+            if parts.alerts is None or not parts.alerts.rules:
+                return ()
+            silences, now = await parts.alerts.silences(), time.time()
+            return sorted(
+                [
+                    Firing(
+                        each,
+                        *_sku_of(each.subject),
+                        now - each.since,
+                        any(silence.covers(each.rule, each.subject, now) for silence in silences),
+                    )
+                    for each in await parts.alerts.firing()
+                ],
+                key=lambda each: (each.silenced, each.alert.severity != "critical"),
+            )
+
         async def frozen() -> int:
             return len(await inventory.stock.frozen(limit=MOST))
 
-        partitions, tasks, stopped, wanted, gray, differ = await asyncio.gather(
-            fact(self.partitions),
-            fact(lambda: inventory.ledger.pages.waiting_tasks(MOST)),
-            fact(frozen),
-            fact(hot),
-            fact(links),
-            fact(open_discrepancies),
+        (partitions, tasks, differ), (stopped, wanted, gray, ringing) = await asyncio.gather(
+            asyncio.gather(fact(self.partitions), fact(lambda: inventory.ledger.pages.waiting_tasks(MOST)), fact(open_discrepancies)),
+            asyncio.gather(fact(frozen), fact(hot), fact(links), fact(alerts)),
         )
         self._sample(partitions)
         usage = inventory.lanes.usage()
         lanes = [LaneFacts(name, lane, usage[name]) for name, lane in inventory.lanes.items()]
-        return Overview(partitions, lanes, tasks, stopped, wanted, gray, differ, list(self._lag), list(self._pace))
+        rules = len(parts.alerts.rules) if parts.alerts is not None else 0
+        return Overview(partitions, lanes, tasks, stopped, wanted, gray, differ, rules, ringing, list(self._lag), list(self._pace))
 
     async def run(self) -> None:
         """Samples until it is cancelled."""
@@ -193,3 +240,8 @@ class Looking:
         else:
             moved = sum(sequence - before[1][number][1] for number, (_, sequence) in at.items())
             self._pace.append(max(moved, 0) / (now - before[0]))
+
+
+def _sku_of(subject: str) -> tuple[str, str]:
+    """(merchant, sku) of an alert that is about a SKU."""
+    return split_key(subject) if SEPARATOR in subject else ("", "")

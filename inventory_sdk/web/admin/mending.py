@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from inventory_sdk.errors import InventoryError
+from inventory_sdk.errors import InvalidOperation, InventoryError
+from inventory_sdk.ledger.register import AnotherState
 from inventory_sdk.web.admin.acting import Act, Acting, filled, reason, who, whole
 from inventory_sdk.web.admin.controllers import GrayLinks, Reconciler, controllers_of
 from inventory_sdk.web.admin.door import root_of
-from inventory_sdk.web.admin.looking import Fact, fact
+from inventory_sdk.web.admin.looking import Fact, fact, of_ledger
 from inventory_sdk.web.admin.render import Renderer
 
 if TYPE_CHECKING:
@@ -76,7 +79,8 @@ class Mending:
         state = asked.get("state", "open")
         after = asked.get("after", "")
         cursor = int(after) if after.isdecimal() and len(after) <= 18 else None
-        rows = await self._reconciler().discrepancies(**filters, state=state, limit=SIZE, after=cursor)
+        reconciler = self._reconciler()
+        rows = await of_ledger(lambda: reconciler.discrepancies(**filters, state=state, limit=SIZE, after=cursor))
         return self._renderer.page(
             request,
             "discrepancies.html",
@@ -93,7 +97,10 @@ class Mending:
         if not raw.isdecimal() or len(raw) > 18:
             raise HTTPException(404)
         reconciler, number = self._reconciler(), int(raw)
-        found = await reconciler.discrepancy(number)
+        try:
+            found = await of_ledger(lambda: reconciler.discrepancy(number))
+        except InvalidOperation:
+            raise HTTPException(404) from None
         proposal: Fact[Any] = Fact(None)
         if found.state in ("open", "correcting"):
             proposal = await fact(lambda: reconciler.propose(number))
@@ -101,15 +108,30 @@ class Mending:
 
     async def _correct(self, request: Request) -> Response:
         # Not through Acting: the reconciler writes the act down in the transaction that begins it. What it refuses, it says.
-        number, why = whole(request, "number"), reason(request)
+        reconciler, number, why = self._reconciler(), whole(request, "number"), reason(request)
         confirmed = request.scope["state"]["form"].get("confirmed") == "yes"
-        await self._reconciler().correct(number, reason=why, who=who(request).name, confirmed=confirmed)
+        seen = whole(request, "available", signed=True), whole(request, "reserved", signed=True)
+        would = await reconciler.propose(number)
+        if not would.why_not and (would.available, would.reserved) != seen:
+            return self._seen_otherwise(request, number)
+        with contextlib.suppress(AnotherState):  # the form was sent twice, or somebody was faster: the page says who
+            await reconciler.correct(number, reason=why, who=who(request).name, confirmed=confirmed)
         return RedirectResponse(f"{root_of(request.scope)}/discrepancy?number={number}", 303)
 
     async def _undo(self, request: Request) -> Response:
         number, why = whole(request, "number"), reason(request)
-        await self._reconciler().undo(number, reason=why, who=who(request).name)
+        with contextlib.suppress(AnotherState):
+            await self._reconciler().undo(number, reason=why, who=who(request).name)
         return RedirectResponse(f"{root_of(request.scope)}/discrepancy?number={number}", 303)
+
+    def _seen_otherwise(self, request: Request, number: int) -> Response:
+        """A person confirms what stood on the page, not what has become of it."""
+        what, why = (
+            "Nothing was done",
+            f"Discrepancy {number} is not what it was: it has changed since you looked. Look again, then decide.",
+        )
+        back = ("/discrepancy", {"number": number}, f"To discrepancy {number}")
+        return self._renderer.page(request, "refused.html", 409, what=what, why=why, status_code=409, back=back)
 
     # Gray links -----------------------------------------------------------------------------------------------------------------
 
@@ -121,7 +143,8 @@ class Mending:
 
     async def _links(self, request: Request) -> Response:
         gray = self._gray()
-        links = {name: await self._rules(gray, name) for name in gray.links()}
+        names = gray.links()
+        links = dict(zip(names, await asyncio.gather(*[self._rules(gray, name) for name in names]), strict=True))
         return self._renderer.page(request, "links.html", links=links)
 
     async def _rules(self, gray: GrayLinks, link: str) -> tuple[Any, str]:
@@ -133,8 +156,7 @@ class Mending:
         gray, link = self._gray(), request.query_params.get("link", "")
         if link not in gray.links():
             raise HTTPException(404)
-        rules, trouble = await self._rules(gray, link)
-        history = await fact(lambda: gray.history(link, limit=SIZE))
+        (rules, trouble), history = await asyncio.gather(self._rules(gray, link), fact(lambda: gray.history(link, limit=SIZE)))
         said = await self._acting.said(request)
         return self._renderer.page(request, "link.html", rules=rules, trouble=trouble, history=history, said=said)
 
@@ -162,8 +184,8 @@ class Mending:
         pages = self._inventory.ledger.pages
         raw = request.query_params.get("before", "")
         before = int(raw) if raw.isdecimal() and len(raw) <= 18 else None
-        page = await pages.dead_tasks(limit=SIZE, before=before)
-        pending, dead = await pages.waiting_tasks()
+        page = await of_ledger(lambda: pages.dead_tasks(limit=SIZE, before=before))
+        pending, dead = await of_ledger(pages.waiting_tasks)
         said = await self._acting.said(request)
         return self._renderer.page(request, "later.html", page=page, pending=pending, dead=dead, said=said)
 
@@ -191,5 +213,5 @@ class Mending:
     async def _audit(self, request: Request) -> Response:
         raw = request.query_params.get("before", "")
         before = int(raw) if raw.isdecimal() and len(raw) <= 18 else None
-        page = await self._inventory.ledger.pages.audit(limit=SIZE, before=before)
+        page = await of_ledger(lambda: self._inventory.ledger.pages.audit(limit=SIZE, before=before))
         return self._renderer.page(request, "audit.html", page=page)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import unicodedata
 from typing import Final
 
+# Not as pictures (U+2400 and on): most systems have no font for them.
+_CONTROLS: Final = tuple(
+    "NUL SOH STX ETX EOT ENQ ACK BEL BS HT LF VT FF CR SO SI "  # noqa: SIM905 - a table of names, read as two lines
+    "DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US".split()
+)
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
 
 def visible(text: str) -> str:
-    """Control characters as pictures (``␟``), invisible ones and those that turn the direction of writing by their number (``⟨U+202E⟩``):
-    two names that look the same here are the same."""
+    """Control characters by their names (``⟨US⟩``: what stands between the parts of a name of ours), invisible ones and those that turn
+    the direction of writing by their number (``⟨U+202E⟩``): two names that look the same here are the same."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(each) for each in text)
@@ -18,10 +23,8 @@ def visible(text: str) -> str:
 
 def _shown(each: str) -> str:
     code = ord(each)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
+    if code < len(_CONTROLS):
+        return f"⟨{_CONTROLS[code]}⟩"
     if unicodedata.category(each) in _HIDDEN or (each != " " and unicodedata.category(each) == "Zs"):
         return f"⟨U+{code:04X}⟩"
     return each

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import math
 import os
 import secrets
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Self
 from inventory_sdk.errors import InvalidOperation
 from inventory_sdk.model import check_text
 from inventory_sdk.web.admin.auth import Role, TooManyTries, User
+from inventory_sdk.web.admin.tries import Tries
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -28,15 +30,16 @@ HOURS: Final = 8.0
 LEAST_SECRET: Final = 32
 LEAST_PASSWORD: Final = 12
 LONGEST_PASSWORD: Final = 1024
-FREE_TRIES: Final = 5
-LONGEST_WAIT: Final = 60.0
-MOST_REMEMBERED: Final = 10_000
-"""Names with failures, and ended sessions, that one process remembers."""
+LONGEST_NAME: Final = 256
+MOST_ENDED: Final = 10_000
+"""Ended sessions that one process remembers."""
 AT_ONCE: Final = 2
 """Passwords that are checked at a time: each takes 32 MB and a good part of a second of one core."""
+MOST_WAITING: Final = 20
+"""Sign-ins that may wait for that."""
 
 _COST: Final = (15, 8, 3)  # log2 of N, r, p
-_NOBODY: Final = "scrypt$15$8$3$AAAAAAAAAAAAAAAAAAAAAA==$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+_NOBODY: Final = "scrypt${}$AAAAAAAAAAAAAAAAAAAAAA==$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ class PasswordAuth:
     """``accounts`` are the people, ``secret`` (32 characters or more, the same in all processes) signs their sessions, which last
     ``hours``. A changed role counts at once; a changed password or a removed account ends its sessions; another secret ends all.
 
-    After five wrong passwords a name has to wait from the same address, twice as long each time, up to a minute.
+    After five wrong passwords a name has to wait from the same address, twice as long each time, up to a minute; so has an address
+    after fifty of any names.
     """
 
     def __init__(self, accounts: Iterable[Account], *, secret: str, hours: float = HOURS) -> None:
@@ -92,7 +96,11 @@ class PasswordAuth:
             self._accounts[account.name] = account
         if not self._accounts:
             raise InvalidOperation("accounts", [], "must not be empty: nobody could sign in")
-        self._failures: dict[tuple[str, str], tuple[int, float]] = {}
+        costs = [account.password.split("$")[1:4] for account in self._accounts.values()]
+        dearest = max(costs, key=lambda cost: (int(cost[1]) * int(cost[2])) << int(cost[0]))
+        self._nobody = _NOBODY.format("$".join(dearest))
+        self._tries = Tries()
+        self._waiting = 0
         self._ended: dict[str, float] = {}
         self._checking = asyncio.Semaphore(AT_ONCE)
 
@@ -128,20 +136,23 @@ class PasswordAuth:
 
     async def sign_in(self, name: str, password: str, address: str) -> User | None:
         """Unknown names take as long as known ones."""
-        who = name[:256], address
-        failures, again = self._failures.get(who, (0, 0.0))
-        if (wait := again - time.monotonic()) > 0:
-            raise TooManyTries(f"too many wrong passwords; try again in {wait:.0f} s", retry_after=wait)
+        name = name[:LONGEST_NAME]
         account = self._accounts.get(name)
-        async with self._checking:
-            right = await asyncio.to_thread(check_password, password, account.password if account is not None else _NOBODY)
+        if self._waiting >= MOST_WAITING:
+            raise TooManyTries("too many sign-ins at once", retry_after=1.0)
+        self._waiting += 1
+        try:
+            async with self._checking:
+                # Only here, and counted before it is known: those that come all at once are as many tries as one after the other.
+                if (wait := self._tries.wait(name, address)) > 0:
+                    raise TooManyTries("too many wrong passwords", retry_after=math.ceil(wait))
+                self._tries.failed(name, address)
+                right = await asyncio.to_thread(check_password, password, account.password if account is not None else self._nobody)
+        finally:
+            self._waiting -= 1
         if account is None or not right:
-            failures = self._failures.pop(who, (0, 0.0))[0] + 1  # again, at the end: the oldest is forgotten first
-            pause = min(LONGEST_WAIT, 2.0 ** (failures - FREE_TRIES)) if failures >= FREE_TRIES else 0.0
-            self._failures[who] = failures, time.monotonic() + pause
-            _bounded(self._failures)
             return None
-        self._failures.pop(who, None)
+        self._tries.right(name, address)
         return User(account.name, account.role, secrets.token_urlsafe(16))
 
     def remember(self, response: Response, user: User, *, path: str, secure: bool) -> None:
@@ -157,7 +168,8 @@ class PasswordAuth:
         for session in [each for each, until in self._ended.items() if until < now]:
             del self._ended[session]
         self._ended[user.session] = now + self._seconds
-        _bounded(self._ended)
+        while len(self._ended) > MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
         response.delete_cookie(COOKIE, path=path, httponly=True, samesite="strict")
 
     def _mark(self, body: str, account: Account) -> str:
@@ -174,11 +186,6 @@ def _check_hash(account: Account) -> None:
         whole = False
     if not whole:
         raise InvalidOperation(f"password of {account.name!r}", "…", "must be what hash_password() or inventory-sdk admin-user made")
-
-
-def _bounded(remembered: dict[object, object] | dict[str, float] | dict[tuple[str, str], tuple[int, float]]) -> None:
-    while len(remembered) > MOST_REMEMBERED:
-        del remembered[next(iter(remembered))]  # type: ignore[arg-type]
 
 
 def _text(raw: bytes) -> str:

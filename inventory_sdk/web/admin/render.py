@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 
+from inventory_sdk.ledger.pages import Counters
 from inventory_sdk.model import SEPARATOR, Kind, split_key
 from inventory_sdk.web.admin import charts
 from inventory_sdk.web.admin.door import form_token, path_of, root_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MINUTE: Final = 60
 HOUR: Final = 3600
 DAY: Final = 86_400
+COUNTERS: Final = Counters._fields
 
 
 class Renderer:
@@ -48,6 +50,8 @@ class Renderer:
             "count": count,
             "signed": signed,
             "document": document,
+            "brief": brief,
+            "told": told,
             "moves": moves,
         }
         self._env.globals |= {"chart": charts, "split": split_key, "separator": SEPARATOR}
@@ -115,7 +119,7 @@ def document(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: document(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): document(each) for key, each in value.items()}
+        return {visible(str(key)): document(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [document(each) for each in value]
     if isinstance(value, str):
@@ -125,6 +129,40 @@ def document(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     return visible(str(value))
+
+
+def told(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison's evidence with its numbers named: it has balances as plain lists, and operations by their keys."""
+    return {name: _named(value) for name, value in evidence.items()}
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        parts: dict[str, Any] = {}
+        for name, each in value.items():
+            if name == "operation" and isinstance(each, str) and SEPARATOR in each:
+                parts["merchant"], parts[name] = split_key(each)
+            else:
+                parts[name] = _named(each)
+        return parts
+    if isinstance(value, list | tuple):
+        if len(value) in (2, len(COUNTERS)) and all(type(each) is int for each in value):
+            return dict(zip(COUNTERS, value, strict=False))
+        return [_named(each) for each in value]
+    return value
+
+
+def brief(value: Any) -> str:
+    """What ``document`` made, in a few words for a cell of a table: ``m1, m2``, ``region: eu``, ``yes``, ``none``."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {brief(each)}" for key, each in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(brief, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
 
 
 def pretty(text: str) -> str:
