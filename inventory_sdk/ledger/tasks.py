@@ -7,13 +7,10 @@ queue, somebody was told, and the rest of the order must not wait for a person.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import exists, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from inventory_sdk.errors import InventoryError
 from inventory_sdk.ledger.protocol import Task, TaskFilter
 from inventory_sdk.ledger.store import PENDING, Store, clean
 
@@ -59,23 +56,6 @@ async def due(connection: AsyncConnection, store: Store, limit: int, serves: Tas
         wanted = or_(table.c.route.in_(serves.routes), table.c.merchant.in_(serves.also))
         query = query.where(wanted, table.c.merchant.not_in(serves.but_not))
     return [Task(*row) for row in await connection.execute(query)]
-
-
-async def run(connection: AsyncConnection, store: Store, task: Task, call: Callable[[AsyncSession], Awaitable[None]]) -> bool:
-    """See ``Ledger.run_task``; the caller commits."""
-    table = store.tables.task
-    query = select(table.c.state).where(table.c.number == task.number)
-    state = (await connection.execute(query.with_for_update(skip_locked=True))).scalar()
-    if state != PENDING:
-        return False
-    # Before the call: should it end our transaction by force, its writes and this row are committed together.
-    await connection.execute(update(table).where(table.c.number == task.number).values(state=DONE, attempts=table.c.attempts + 1))
-    async with AsyncSession(bind=connection, join_transaction_mode="create_savepoint", expire_on_commit=False) as session:
-        await call(session)
-        await session.commit()
-    if not connection.in_transaction():
-        raise InventoryError(f"task {task.name!r} ended the worker's transaction: use its session, not its connection's root")
-    return True
 
 
 async def fail(connection: AsyncConnection, store: Store, task: Task, error: str, retry_in: float | None) -> None:

@@ -20,6 +20,7 @@ from inventory_sdk.ledger.protocol import (
     EpochClosed,
     ForkFound,
     StockRow,
+    Task,
     TaskFilter,
     WatermarkMoved,
     WritesStockFailed,
@@ -1019,19 +1020,19 @@ async def test_a_task_and_its_mark_are_one_transaction(ledger: SqlLedger, own: T
     await ledger.apply(0, 1, [entry(1, tasked("o-1"))])
     (task,) = await ledger.due_tasks(1)
 
-    async def fail(session: AsyncSession) -> None:
+    async def fail(task: Task, session: AsyncSession) -> None:
         await session.execute(insert(own).values(id=1, sku="a", sold=1))
         await session.commit()
         raise LookupError("later")
 
-    async def work(session: AsyncSession) -> None:
+    async def work(task: Task, session: AsyncSession) -> None:
         await session.execute(insert(own).values(id=1, sku="a", sold=1))
 
     with pytest.raises(LookupError):
-        await ledger.run_task(task, fail)
+        await ledger.run_tasks([task], fail)
     assert await count(ledger, own) == 0
-    assert await ledger.run_task(task, work)
-    assert not await ledger.run_task(task, work)
+    assert [run.error for run in await ledger.run_tasks([task], work)] == [None]
+    assert await ledger.run_tasks([task], work) == []
     assert await count(ledger, own) == 1
     assert await ledger.due_tasks(1) == []
 
@@ -1042,17 +1043,17 @@ async def test_a_task_that_another_worker_runs_is_skipped(ledger: SqlLedger, dat
     other = SqlLedger(database, prefix=ledger.tables.prefix)
     ran: list[str] = []
 
-    async def mine(session: AsyncSession) -> None:
+    async def mine(task: Task, session: AsyncSession) -> None:
         ran.append("mine")
         if ledger.engine.dialect.name != "sqlite":
-            assert not await other.run_task(task, theirs)
+            assert await other.run_tasks([task], theirs) == []
 
-    async def theirs(session: AsyncSession) -> None:
+    async def theirs(task: Task, session: AsyncSession) -> None:
         ran.append("theirs")
 
     try:
-        assert await ledger.run_task(task, mine)
-        assert not await other.run_task(task, theirs)
+        assert await ledger.run_tasks([task], mine)
+        assert await other.run_tasks([task], theirs) == []
     finally:
         await other.close()
     assert ran == ["mine"]
