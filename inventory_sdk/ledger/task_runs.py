@@ -1,9 +1,12 @@
 """Later-functions in one transaction: each is marked, then called in a savepoint, and one that fails is undone alone.
 
-A function costs its mark, a savepoint and its release; the connection, the commit and the disk are shared. The mark comes first and
-one by one: should a function end the transaction by force, its own writes and its mark are committed together, and the tasks behind
-it are still pending. What was marked is counted before the commit: a database that gave the transaction up under a function which
-went on all the same (MariaDB does after a deadlock) has dropped the marks, and then nothing may be kept.
+The connection, the commit and the wait for the disk are shared. What is left per function is round trips, so two of them are spared:
+savepoints are not released (the commit does that), and asyncpg takes the mark and the savepoint in one.
+
+The mark comes before the function's first statement, one by one: should a function end the transaction by force, its own writes and its
+mark are committed together, and the tasks behind it are still pending. What was marked is counted before the commit: a database that gave
+the transaction up under a function which went on all the same (MariaDB does after a deadlock) has dropped the marks, and then nothing
+may be kept.
 """
 
 from __future__ import annotations
@@ -12,8 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import bindparam, event, func, select, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import bindparam, event, func, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 NUMBER: Final = "task_number"
+OPTION: Final = "inventory_savepoints"
+"""Execution option of a connection whose transaction is shared by functions."""
 
 
 def always() -> bool:
@@ -61,6 +65,44 @@ class _Statements:
         self.seconds += time.perf_counter() - self._since
 
 
+class _Savepoints:
+    """The savepoints of a shared transaction, with fewer round trips. ``unmarked``: the task whose function runs and has sent nothing
+    yet. ``ending``: the function has returned, and its session commits."""
+
+    def __init__(self, connection: AsyncConnection, table: Any) -> None:
+        self.unmarked: int | None = None
+        self.ending = False
+        self._mark: str | None = None
+        if connection.dialect.driver == "asyncpg":
+            mark = _mark(table, literal_column("$number"))
+            self._mark = str(mark.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True}))
+
+    @property
+    def joins_mark(self) -> bool:
+        """Whether a savepoint brings the mark along."""
+        return self._mark is not None
+
+    def instead(self, statement: str, connection: Any) -> bool:
+        """Whether the statement need not be sent any more."""
+        if self.ending and statement.startswith("RELEASE SAVEPOINT "):
+            return True
+        if self._mark is None or self.unmarked is None or not statement.startswith("SAVEPOINT "):
+            return False
+        both = f"{self._mark.replace('$number', str(self.unmarked))}; {statement}"
+        connection.connection.dbapi_connection.run_async(lambda driver: driver.execute(both))
+        self.unmarked = None
+        return True
+
+
+def _execute(_cursor: Any, statement: str, _parameters: Any, context: Any) -> bool:
+    savepoints = context.execution_options.get(OPTION)
+    return savepoints is not None and savepoints.instead(statement, context.root_connection)
+
+
+def _mark(table: Any, number: Any) -> Any:
+    return update(table).where(table.c.number == number, table.c.state == PENDING).values(state=DONE, attempts=table.c.attempts + 1)
+
+
 async def run(
     connection: AsyncConnection,
     store: Store,
@@ -73,24 +115,32 @@ async def run(
     table = store.tables.task
     query = select(table.c.number).where(_among(table, tasks), table.c.state == PENDING).order_by(table.c.number).limit(most)
     ours = set((await connection.execute(query.with_for_update(skip_locked=True))).scalars())
-    one = update(table).where(table.c.number == bindparam(NUMBER))
-    mark = one.where(table.c.state == PENDING).values(state=DONE, attempts=table.c.attempts + 1)
-    unmark = one.where(table.c.state == DONE).values(state=PENDING, attempts=table.c.attempts - 1)
-    root = connection.sync_connection.get_transaction()  # type: ignore[union-attr]
+    mark = _mark(table, bindparam(NUMBER))
+    unmark = update(table).where(table.c.number == bindparam(NUMBER), table.c.state == DONE)
+    unmark = unmark.values(state=PENDING, attempts=table.c.attempts - 1)
+    alone = len(tasks) == 1
+    event.listen(connection.dialect, "do_execute", _execute)
+    savepoints = _Savepoints(connection, table)
+    await connection.execution_options(**{OPTION: savepoints})
+    root = _sync(connection).get_transaction()
     statements = _Statements(connection)
     runs: list[TaskRun] = []
-    for task in tasks:
-        if task.number not in ours:
-            continue
+    for task in (task for task in tasks if task.number in ours):
         if runs and not more():
             break
-        if (await connection.execute(mark, {NUMBER: task.number})).rowcount != 1:
-            raise TasksSpoilt(f"task {task.number} is no longer ours: the database ended the transaction under the one before it")
+        number = {NUMBER: task.number}
         began, spent = time.perf_counter(), statements.seconds
-        error = await _called(connection, task, call, alone=len(tasks) == 1)
-        if root is None or connection.sync_connection.get_transaction() is not root or not root.is_active:  # type: ignore[union-attr]
+        savepoints.unmarked = task.number
+        if not savepoints.joins_mark and (await connection.execute(mark, number)).rowcount != 1:
+            raise TasksSpoilt(f"task {task.number} is no longer ours: the database ended the transaction under the one before it")
+        error = await _called(connection, task, call, savepoints, alone=alone)
+        if root is None or _sync(connection).get_transaction() is not root or not root.is_active:
             raise TasksSpoilt(f"task {task.name!r} ended the worker's transaction: use its session, not its connection's root") from error
-        if error is not None and (await connection.execute(unmark, {NUMBER: task.number})).rowcount != 1:
+        if savepoints.joins_mark and savepoints.unmarked is not None:
+            # It has sent nothing.
+            if error is None and (await connection.execute(mark, number)).rowcount != 1:
+                raise TasksSpoilt(f"task {task.number} is no longer ours")
+        elif error is not None and (await connection.execute(unmark, number)).rowcount != 1:
             raise TasksSpoilt(f"task {task.name!r} ended the worker's transaction") from error
         runs.append(TaskRun(task, error, time.perf_counter() - began - (statements.seconds - spent)))
     done = [each.task for each in runs if each.error is None]
@@ -101,6 +151,10 @@ async def run(
     return runs
 
 
+def _sync(connection: AsyncConnection) -> Any:
+    return connection.sync_connection
+
+
 def _among(table: Any, tasks: Sequence[Task]) -> Any:
     """By number. Filled up to a multiple of 32 with the last: each length would be another statement for the driver to prepare."""
     numbers = [task.number for task in tasks]
@@ -108,7 +162,12 @@ def _among(table: Any, tasks: Sequence[Task]) -> Any:
 
 
 async def _called(
-    connection: AsyncConnection, task: Task, call: Callable[[Task, AsyncSession], Awaitable[None]], *, alone: bool
+    connection: AsyncConnection,
+    task: Task,
+    call: Callable[[Task, AsyncSession], Awaitable[None]],
+    savepoints: _Savepoints,
+    *,
+    alone: bool,
 ) -> Exception | None:
     """The function's error, once its writes are undone; raised where they can't be without those of the others."""
     session = AsyncSession(
@@ -116,18 +175,21 @@ async def _called(
     )
     try:
         await call(task, session)
+        savepoints.ending = not alone
         await session.commit()
     except TaskStuck:
         await connection.invalidate()
         raise
     except Exception as error:
         # Still in its savepoint: the release was refused, and SQLAlchemy does not roll back to what it could not release.
-        undone = await _closed(session) and connection.sync_connection.get_nested_transaction() is None  # type: ignore[union-attr]
-        if alone or not undone or (isinstance(error, DBAPIError) and reason_of(error) is not None):
+        undone = await _closed(session) and _sync(connection).get_nested_transaction() is None
+        if alone or not undone or (not isinstance(error, OSError) and reason_of(error) is not None):
             raise
         if isinstance(session.sync_session, TaskSession) and session.sync_session.kept:
             raise TasksSpoilt(f"task {task.name!r} committed and failed afterwards: {type(error).__name__}: {error}") from error
         return error
+    finally:
+        savepoints.ending = False
     await session.close()
     return None
 

@@ -31,8 +31,8 @@ ATTEMPTS: Final = 10
 FIRST_RETRY: Final = 1.0
 LAST_RETRY: Final = 300.0
 POLL: Final = 1.0
-WINDOW: Final = 256
-"""Due tasks that one look reads: eight workers find a full company of one hot SKU in it."""
+WINDOW: Final = 128
+"""Due tasks that one look reads: four workers find a full company of one hot SKU in it."""
 LOOK: Final = 0.05
 """Seconds until the next look where one found nothing to start and something runs."""
 SPAN: Final = 0.25
@@ -122,6 +122,8 @@ class TaskRunner:
         # What runs here is still in the answer.
         limit = WINDOW + sum(len(company.tasks) for company in self._running.values())
         due = await self._due_tasks(limit)
+        if self._parts.stopping.is_set():
+            return False
         if len(due) < limit:
             # Others may have done them. (Those that failed run alone anyway.)
             self._manners.apart.intersection_update(task.number for task in due)

@@ -1016,6 +1016,17 @@ async def test_tasks_of_an_order_run_one_after_another_and_a_dead_one_lets_the_n
     assert (dead.operation_id, dead.attempts, error) == ("o-1", 2, "boom again")
 
 
+async def test_what_is_due_is_found_behind_any_number_of_blocked_ones(ledger: SqlLedger) -> None:
+    await restock(ledger, "po-2", ("a", 100))
+    blocked = [tasked(f"x-{number}", order="x") for number in range(40)]
+    await ledger.apply(0, 1, [entry(1, *blocked[:7], tasked("o-1"), *blocked[7:], tasked("o-2"), tasked("o-3"))])
+    assert [each.operation_id for each in await ledger.due_tasks(4)] == ["x-0", "o-1", "o-2", "o-3"]
+    assert [each.operation_id for each in await ledger.due_tasks(2)] == ["x-0", "o-1"]
+    (head, *_) = await ledger.due_tasks(1)
+    await ledger.fail_task(head, "boom", 3600)
+    assert [each.operation_id for each in await ledger.due_tasks(2)] == ["o-1", "o-2"]
+
+
 async def test_a_task_and_its_mark_are_one_transaction(ledger: SqlLedger, own: Table) -> None:
     await ledger.apply(0, 1, [entry(1, tasked("o-1"))])
     (task,) = await ledger.due_tasks(1)

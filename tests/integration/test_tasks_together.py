@@ -434,7 +434,8 @@ async def test_one_that_raises_cancelled_error_fails_like_any_other(desk: Desk) 
     assert "raised CancelledError, though nobody cancelled it" in facts["error"]
 
 
-async def test_a_stop_ends_the_transaction_behind_what_runs_and_keeps_it(desk: Desk) -> None:
+async def test_a_stop_ends_the_transaction_behind_what_runs_and_keeps_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks_room, "SPAN", 60.0)
     await desk.put(*names(6))
 
     async def write(task: Task, session: AsyncSession) -> None:
