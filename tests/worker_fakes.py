@@ -106,7 +106,7 @@ class FakeLedger:
         self.claimed: set[int] = set()
         self.together: list[list[int]] = []
         """Tasks that were committed in one transaction."""
-        self.before_tasks_commit: Callable[[list[Task]], Awaitable[None]] | None = None
+        self.lost_task_replies = 0
         self.lock = asyncio.Lock()
         self.before_commit: Callable[[], Awaitable[None]] | None = None
 
@@ -287,14 +287,15 @@ class FakeLedger:
                         raise
                     error = raised
                 runs.append(TaskRun(task, error, time.perf_counter() - began))
-            if self.before_tasks_commit is not None:
-                await self.before_tasks_commit([run.task for run in runs])
             done = [run.task.number for run in runs if run.error is None]
             for number in done:
                 del self.tasks[number]
             if done:
                 self.done += done
                 self.together.append(done)
+            if self.lost_task_replies:
+                self.lost_task_replies -= 1
+                raise ConnectionResetError("the reply to the commit was lost")
             return runs
         finally:
             self.claimed.difference_update(ours)

@@ -309,7 +309,7 @@ class TaskRun:
 
 
 class TasksSpoilt(InventoryError):
-    """A later-function ended the transaction that it shared, or committed in it and failed afterwards."""
+    """A later-function ended the transaction that it shared: what others did in it can't be kept, or can't be told apart."""
 
 
 class TaskStuck(Exception):

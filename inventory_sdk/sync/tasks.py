@@ -197,7 +197,7 @@ class TaskRunner:
             self._manners.ran(run)
             if run.error is not None:
                 await self._failed(run.task, run.error)
-        if shared and runs:
+        if runs and (shared or self._manners.most == 1):
             self._manners.went_well()
         return bool(runs)
 

@@ -119,19 +119,34 @@ async def test_a_commit_or_a_rollback_of_its_own_stays_inside(desk: Desk) -> Non
     assert set((await desk.states()).values()) == {("done", 1)}
 
 
-async def test_one_that_commits_and_then_fails_cannot_be_undone_alone_and_nothing_is_kept(desk: Desk) -> None:
-    tasks = await desk.put(*names(3))
+async def test_one_that_commits_or_rolls_back_and_then_fails_is_undone_all_the_same(desk: Desk) -> None:
+    tasks = await desk.put(*names(6))
 
     async def write(task: Task, session: AsyncSession) -> None:
         await desk.write(task, session)
         if task.operation_id == "o001":
             await session.commit()
+            await desk.write(task, session)
+            await session.rollback()
             raise LookupError("later")
+        if task.operation_id == "o002":
+            await session.rollback()
+            await desk.write(task, session)
+            await session.commit()
+            raise LookupError("later")
+        if task.operation_id == "o003":
+            await desk.write(task, session.bind)  # type: ignore[arg-type]  # past its session
+            raise LookupError("later")
+        if task.operation_id == "o004":
+            await session.commit()
+            await desk.write(task, session)
+            await session.rollback()
 
-    with pytest.raises(TasksSpoilt, match="committed and failed afterwards: LookupError"):
-        await desk.ledger.run_tasks(tasks, write)
-    assert await desk.effects() == {}
-    assert set((await desk.states()).values()) == {("pending", 0)}
+    runs = await desk.ledger.run_tasks(tasks, write)
+    assert [run.task.operation_id for run in runs if run.error is not None] == ["o001", "o002", "o003"]
+    assert await desk.effects() == dict.fromkeys(["o000", "o004", "o005"], 1)
+    states = await desk.states()
+    assert [states[name] for name in names(6)] == [("done", 1), *[("pending", 0)] * 3, ("done", 1), ("done", 1)]
 
 
 async def test_one_that_ends_the_transaction_by_force_takes_none_with_it_that_has_not_run(desk: Desk) -> None:
@@ -169,6 +184,10 @@ async def test_one_that_hides_a_broken_transaction_is_found_out(desk: Desk, kind
         await desk.ledger.run_tasks(tasks, write)
     assert await desk.effects() == {}
     assert set((await desk.states()).values()) == {("pending", 0)}
+    with pytest.raises(Exception, match="current transaction is aborted"):
+        await desk.ledger.run_tasks(tasks[1:2], write)
+    assert len(await desk.ledger.run_tasks([tasks[0], tasks[2]], write)) == 2
+    assert await desk.effects() == dict.fromkeys(["o000", "o002"], 1)
 
 
 @LOCKING
