@@ -15,11 +15,15 @@ from inventory_sdk.ledger.protocol import (
     Credit,
     EpochClosed,
     ForkFound,
+    LedgerUnavailable,
     OperationRow,
     PartitionRow,
     Refusal,
     ReservationRow,
     Task,
+    TaskRun,
+    TasksSpoilt,
+    TaskStuck,
     Void,
     WatermarkMoved,
     WritesStock,
@@ -99,6 +103,10 @@ class FakeLedger:
         self.waiting: set[int] = set()
         self.dead: dict[int, str] = {}
         self.done: list[int] = []
+        self.claimed: set[int] = set()
+        self.together: list[list[int]] = []
+        """Tasks that were committed in one transaction."""
+        self.lost_task_replies = 0
         self.lock = asyncio.Lock()
         self.before_commit: Callable[[], Awaitable[None]] | None = None
 
@@ -255,15 +263,42 @@ class FakeLedger:
             oldest.setdefault(self.tasks[number].group, self.tasks[number])
         return [task for task in oldest.values() if task.number not in self.waiting][:limit]
 
-    async def run_task(self, task: Task, call: Callable[[Any], Awaitable[None]]) -> bool:
-        if task.number not in self.tasks:
-            return False
-        if self.task_faults:
-            raise self.task_faults.pop()
-        await call(SESSION)
-        del self.tasks[task.number]
-        self.done.append(task.number)
-        return True
+    async def run_tasks(
+        self,
+        tasks: Sequence[Task],
+        call: Callable[[Task, Any], Awaitable[None]],
+        more: Callable[[], bool] = lambda: True,
+        most: int = 1000,
+    ) -> list[TaskRun]:
+        ours = sorted(task.number for task in tasks if task.number in self.tasks and task.number not in self.claimed)[:most]
+        self.claimed.update(ours)
+        runs: list[TaskRun] = []
+        try:
+            if ours and self.task_faults:
+                raise self.task_faults.pop()
+            for task in (task for task in tasks if task.number in ours):
+                if runs and not more():
+                    break
+                began, error = time.perf_counter(), None
+                try:
+                    await call(task, SESSION)
+                except Exception as raised:
+                    if len(tasks) == 1 or isinstance(raised, TaskStuck | TasksSpoilt | LedgerUnavailable):
+                        raise
+                    error = raised
+                runs.append(TaskRun(task, error, time.perf_counter() - began))
+            done = [run.task.number for run in runs if run.error is None]
+            for number in done:
+                del self.tasks[number]
+            if done:
+                self.done += done
+                self.together.append(done)
+            if self.lost_task_replies:
+                self.lost_task_replies -= 1
+                raise ConnectionResetError("the reply to the commit was lost")
+            return runs
+        finally:
+            self.claimed.difference_update(ours)
 
     async def fail_task(self, task: Task, error: str, retry_in: float | None) -> None:
         if retry_in is None:

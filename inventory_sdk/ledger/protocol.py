@@ -299,6 +299,24 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskRun:
+    """What became of a task. ``error``: what its function raised, nothing of it is kept; None: done. ``elsewhere``: seconds of its
+    call that were not spent in statements to the ledger's database."""
+
+    task: Task
+    error: Exception | None
+    elsewhere: float
+
+
+class TasksSpoilt(InventoryError):
+    """A later-function ended the transaction that it shared: what others did in it can't be kept, or can't be told apart."""
+
+
+class TaskStuck(Exception):
+    """For ``call`` to raise: the function goes on whatever one does, so the connection is taken from under it."""
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFilter:
     """Which tasks a worker may run: those with one of the ``routes`` (``""``: without one), and all of the merchants in ``also``; none of
     those in ``but_not``."""
@@ -488,8 +506,19 @@ class Ledger(Protocol):
         hold up their group."""
         ...
 
-    async def run_task(self, task: Task, call: Callable[[AsyncSession], Awaitable[None]]) -> bool:
-        """Lock the task, run ``call`` and mark it done in one transaction; False when another worker has it."""
+    async def run_tasks(
+        self,
+        tasks: Sequence[Task],
+        call: Callable[[Task, AsyncSession], Awaitable[None]],
+        more: Callable[[], bool] = ...,
+        most: int = ...,
+    ) -> list[TaskRun]:
+        """In one transaction, one after another: ``most`` of the tasks that nobody else has are marked done, and ``call`` runs each in a
+        savepoint. ``more`` is asked before each but the first; False ends the transaction there. The answer has those that were run.
+
+        What ``call`` raises undoes that task alone and is in the answer; where one task is given it is raised, and so is a database's
+        fault, such as a deadlock. ``TasksSpoilt`` where one can't be undone alone. After an error run them one by one: nothing that
+        was committed runs again."""
         ...
 
     async def fail_task(self, task: Task, error: str, retry_in: float | None) -> None:

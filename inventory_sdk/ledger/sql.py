@@ -17,7 +17,8 @@ except ImportError as error:
     raise ImportError("the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])") from error
 
 from inventory_sdk.errors import OutcomeUnknown
-from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, rows, tasks
+from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, rows, task_runs
+from inventory_sdk.ledger import tasks as later
 from inventory_sdk.ledger import verify as checks
 from inventory_sdk.ledger.apply import apply
 from inventory_sdk.ledger.arriving import FieldReading
@@ -46,6 +47,7 @@ from inventory_sdk.ledger.protocol import (
     StockRow,
     Task,
     TaskFilter,
+    TaskRun,
     Void,
     WritesStock,
 )
@@ -340,23 +342,29 @@ class SqlLedger:
         """Pending tasks whose time has come, the oldest of each group. A task that waits for its next try blocks its group;
         a dead letter does not. ``serves``: those that this worker may run."""
         async with self._engines.read() as connection:
-            return await tasks.due(connection, self._store, limit, serves)
+            return await later.due(connection, self._store, limit, serves)
 
-    async def run_task(self, task: Task, call: Callable[[AsyncSession], Awaitable[None]]) -> bool:
-        """Run ``call`` and mark the task done in one transaction; False when another worker has it, or it is no longer pending.
-        What ``call`` raises is raised, and nothing is kept."""
+    async def run_tasks(
+        self,
+        tasks: Sequence[Task],
+        call: Callable[[Task, AsyncSession], Awaitable[None]],
+        more: Callable[[], bool] = task_runs.always,
+        most: int = 1000,
+    ) -> list[TaskRun]:
+        """Mark and ``call`` them in one transaction, each in a savepoint; at most ``most``; those that are no longer pending, or that
+        another worker has, are passed over. See ``Ledger.run_tasks``."""
         async with self._engines.write() as connection:
-            return await tasks.run(connection, self._store, task, call)
+            return await task_runs.run(connection, self._store, tasks, call, more, most)
 
     async def fail_task(self, task: Task, error: str, retry_in: float | None) -> None:
         """Note the failure and try again in ``retry_in`` seconds; None: dead letter."""
         async with self._engines.write() as connection:
-            await tasks.fail(connection, self._store, task, error, retry_in)
+            await later.fail(connection, self._store, task, error, retry_in)
 
     async def dead_tasks(self, limit: int = 100) -> list[tuple[Task, str]]:
         """Dead letters with their last error, oldest first."""
         async with self._engines.read() as connection:
-            return await tasks.dead(connection, self._store, limit)
+            return await later.dead(connection, self._store, limit)
 
     async def verify(self) -> list[str]:
         """Promise 6 over all rows, and the watermarks; what is broken, in words."""

@@ -20,6 +20,7 @@ from inventory_sdk.ledger.protocol import (
     EpochClosed,
     ForkFound,
     StockRow,
+    Task,
     TaskFilter,
     WatermarkMoved,
     WritesStockFailed,
@@ -1015,23 +1016,34 @@ async def test_tasks_of_an_order_run_one_after_another_and_a_dead_one_lets_the_n
     assert (dead.operation_id, dead.attempts, error) == ("o-1", 2, "boom again")
 
 
+async def test_what_is_due_is_found_behind_any_number_of_blocked_ones(ledger: SqlLedger) -> None:
+    await restock(ledger, "po-2", ("a", 100))
+    blocked = [tasked(f"x-{number}", order="x") for number in range(40)]
+    await ledger.apply(0, 1, [entry(1, *blocked[:7], tasked("o-1"), *blocked[7:], tasked("o-2"), tasked("o-3"))])
+    assert [each.operation_id for each in await ledger.due_tasks(4)] == ["x-0", "o-1", "o-2", "o-3"]
+    assert [each.operation_id for each in await ledger.due_tasks(2)] == ["x-0", "o-1"]
+    (head, *_) = await ledger.due_tasks(1)
+    await ledger.fail_task(head, "boom", 3600)
+    assert [each.operation_id for each in await ledger.due_tasks(2)] == ["o-1", "o-2"]
+
+
 async def test_a_task_and_its_mark_are_one_transaction(ledger: SqlLedger, own: Table) -> None:
     await ledger.apply(0, 1, [entry(1, tasked("o-1"))])
     (task,) = await ledger.due_tasks(1)
 
-    async def fail(session: AsyncSession) -> None:
+    async def fail(task: Task, session: AsyncSession) -> None:
         await session.execute(insert(own).values(id=1, sku="a", sold=1))
         await session.commit()
         raise LookupError("later")
 
-    async def work(session: AsyncSession) -> None:
+    async def work(task: Task, session: AsyncSession) -> None:
         await session.execute(insert(own).values(id=1, sku="a", sold=1))
 
     with pytest.raises(LookupError):
-        await ledger.run_task(task, fail)
+        await ledger.run_tasks([task], fail)
     assert await count(ledger, own) == 0
-    assert await ledger.run_task(task, work)
-    assert not await ledger.run_task(task, work)
+    assert [run.error for run in await ledger.run_tasks([task], work)] == [None]
+    assert await ledger.run_tasks([task], work) == []
     assert await count(ledger, own) == 1
     assert await ledger.due_tasks(1) == []
 
@@ -1042,17 +1054,17 @@ async def test_a_task_that_another_worker_runs_is_skipped(ledger: SqlLedger, dat
     other = SqlLedger(database, prefix=ledger.tables.prefix)
     ran: list[str] = []
 
-    async def mine(session: AsyncSession) -> None:
+    async def mine(task: Task, session: AsyncSession) -> None:
         ran.append("mine")
         if ledger.engine.dialect.name != "sqlite":
-            assert not await other.run_task(task, theirs)
+            assert await other.run_tasks([task], theirs) == []
 
-    async def theirs(session: AsyncSession) -> None:
+    async def theirs(task: Task, session: AsyncSession) -> None:
         ran.append("theirs")
 
     try:
-        assert await ledger.run_task(task, mine)
-        assert not await other.run_task(task, theirs)
+        assert await ledger.run_tasks([task], mine)
+        assert await other.run_tasks([task], theirs) == []
     finally:
         await other.close()
     assert ran == ["mine"]

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from worker_fakes import Shop, open_shop, until
 
-from inventory_sdk.ledger.protocol import Task
+from inventory_sdk.ledger.protocol import LedgerUnavailable, Task
 from inventory_sdk.model import Position, Receipt, ReceiptLine
+from inventory_sdk.sync import tasks as tasks_room
+from inventory_sdk.sync.companions import MOST
 
 
 def task(number: int, group: str = "g", attempts: int = 0) -> Task:
@@ -193,3 +195,83 @@ async def test_a_task_that_does_not_end_is_rolled_back_at_the_stop_and_stays_pen
     assert shop.ledger.done == []
     assert list(shop.ledger.tasks) == [1]
     assert shop.ledger.dead == {}
+
+
+# Together
+
+
+async def quick(shop: Shop, registry: Registry, **options: Any) -> Any:
+    """A worker that has seen one quick call of the function."""
+    add(shop, task(1))
+    worker = shop.worker(tasks=registry, first_task_retry=0.001, last_task_retry=0.002, **options)
+    await worker.start()
+    await until(lambda: shop.ledger.done == [1])
+    return worker
+
+
+async def test_quick_functions_share_transactions_of_a_bounded_size(shop: Shop, registry: Registry) -> None:
+    worker = await quick(shop, registry)
+    add(shop, *(task(number, f"g{number}") for number in range(2, 102)))
+    worker._wakes[0].set()
+    await until(lambda: len(shop.ledger.done) == 101)
+    await worker.stop()
+    assert registry.started == shop.ledger.done == list(range(1, 102))
+    assert [len(each) for each in shop.ledger.together] == [1, MOST, MOST, MOST, 100 - 3 * MOST]
+
+
+async def test_a_transaction_ends_after_its_time(shop: Shop, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks_room, "SPAN", 0.0)
+    worker = await quick(shop, registry)
+    add(shop, *(task(number, f"g{number}") for number in range(2, 6)))
+    worker._wakes[0].set()
+    await until(lambda: len(shop.ledger.done) == 5)
+    await worker.stop()
+    assert shop.ledger.together == [[number] for number in range(1, 6)]
+
+
+async def test_a_fault_of_a_shared_transaction_costs_no_attempt_and_each_runs_alone(shop: Shop, registry: Registry) -> None:
+    worker = await quick(shop, registry, task_attempts=1)
+    seen: list[int] = []
+
+    async def deadlock(task: Task) -> None:
+        seen.append(task.number)
+        if seen == [2, 3, 4]:
+            raise LedgerUnavailable("deadlock", ValueError("deadlock detected"))
+
+    registry.behave = deadlock
+    add(shop, *(task(number, f"g{number}") for number in range(2, 7)))
+    worker._wakes[0].set()
+    await until(lambda: len(shop.ledger.done) == 6)
+    await worker.stop()
+    assert sorted(seen) == [2, 2, 3, 3, 4, 4, 5, 6]
+    assert sorted(shop.ledger.together) == [[1], [2], [3], [4], [5, 6]]
+    assert shop.ledger.dead == {}
+    assert shop.facts.retried().count("tasks_together") == 1
+
+
+async def test_a_commit_whose_reply_was_lost_runs_nothing_twice(shop: Shop, registry: Registry) -> None:
+    worker = await quick(shop, registry, task_attempts=1)
+    shop.ledger.lost_task_replies = 1
+    add(shop, *(task(number, f"g{number}") for number in range(2, 7)))
+    worker._wakes[0].set()
+    await until(lambda: len(shop.ledger.done) == 6 and not shop.ledger.tasks)
+    await worker.stop()
+    assert registry.started == list(range(1, 7))
+    assert shop.ledger.dead == {}
+
+
+async def test_what_is_no_exception_does_not_hold_up_the_others(shop: Shop, registry: Registry) -> None:
+    worker = await quick(shop, registry)
+
+    class Odd(BaseException): ...
+
+    async def odd(task: Task) -> None:
+        if task.number == 3:
+            raise Odd
+
+    registry.behave = odd
+    add(shop, *(task(number, f"g{number}") for number in range(2, 7)))
+    worker._wakes[0].set()
+    await until(lambda: len(shop.ledger.done) == 5)
+    await worker.stop()
+    assert list(shop.ledger.tasks) == [3]
