@@ -122,10 +122,13 @@ class Running:
         """Hold our settings against the ledger's, and make the first epoch of each partition where there is none."""
         if self.open:
             return
-        for name, value in (("partitions", str(self.settings.partitions)), ("partition_by", "merchant")):
+        for name, value in (("partitions", str(self.settings.partitions)), ("partition_by", self.settings.partition_by)):
             stored = await self.ledger.settle_setting(name, value)
             if stored != value:
-                raise InventoryError(f"{name}={value!r}, but this ledger was made with {stored!r}; all processes must agree")
+                raise InventoryError(
+                    f"{name}={value!r}, but this ledger was made with {stored!r}, and all processes must agree: "
+                    f"set {name}={stored!r} here, or change it everywhere with inventory-sdk repartition"
+                )
         for partition in range(self.settings.partitions):
             try:
                 await open_first(self.engine.upkeep, self.ledger, self.queue, partition)

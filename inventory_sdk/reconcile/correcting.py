@@ -275,7 +275,8 @@ class Correcting:
             raise InvalidOperation("number", proposed.number, why)
 
     def _partition(self, found: Discrepancy) -> Partition:
-        return self._ground.engine.home(found.merchant)
+        engine = self._ground.engine
+        return engine.partitions[engine.layout.hold(found.name)] if found.what == What.HOLD else engine.place(found.name)
 
 
 def _kept(found: Discrepancy) -> Plan:

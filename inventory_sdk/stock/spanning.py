@@ -302,7 +302,7 @@ class _Work:
                 found.append(Shortage(*split_key(name), int(asked), int(there)))
         own = self.taking.spread.own
         if own:
-            home = self.engine.home(split_key(self.taking.key)[0])
+            home = self.engine.home(self.taking.key)
             levels = await reading.read(self.engine, home, own[::2])
             for name, asked, available in zip(own[::2], own[1::2], levels.available, strict=True):
                 if available is not None and available < asked:
@@ -313,7 +313,7 @@ class _Work:
 
     async def _decide(self) -> _Decided | None:
         taking, engine = self.taking, self.engine
-        home = engine.home(split_key(taking.key)[0])
+        home = engine.home(taking.key)
         there: dict[str, int] = {}
         listed = []
         for each in self.prepared:
@@ -383,7 +383,7 @@ class _Work:
             await self._give_up(named)
         if len(remaining) != len(taking.flat) // 2:
             remaining = [0] * (len(taking.flat) // 2)
-        home = Position(engine.home(split_key(taking.key)[0]).number, record.epoch, record.sequence)
+        home = Position(engine.home(taking.key).number, record.epoch, record.sequence)
         positions = (home, *(each.position for each in named))
         if taking.level != "redis":
             first = await self.reach(engine, home, taking.level, taking.key, None)
@@ -394,7 +394,7 @@ class _Work:
     async def _before(self) -> _Decided | None:
         """The decision of an earlier call under this id, if Redis knows one; what it became of is raised."""
         taking, engine = self.taking, self.engine
-        home = engine.home(split_key(taking.key)[0])
+        home = engine.home(taking.key)
         mark = fingerprint(taking.kind, "", taking.flat)
         found = await reading.read(engine, home, operations=[taking.key], reservations=[taking.key])
         record, hold = found.results[0], found.reservations[0]
