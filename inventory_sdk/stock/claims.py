@@ -51,9 +51,9 @@ async def claim(engine: Engine, key: str, content: str, hold: str = "") -> Claim
 
 async def free(engine: Engine, taken: Claim) -> None:
     """Its act was refused: the id may be used for something else, unless somebody has joined in. What fails leaves it taken."""
-    of, mark = "claim", taken.mark
+    extra = json.dumps({"of": "claim", "position": taken.mark})
     operation: list[Any] = [
-        "undo", f"{taken.key}\x1funclaim", taken.content, [], "", f"{taken.key}{SUFFIX}", 0, json.dumps({"of": of, "position": mark}), mark, of,
+        "undo", f"{taken.key}\x1funclaim", taken.content, [], "", f"{taken.key}{SUFFIX}", 0, extra, taken.mark, "claim",
     ]  # fmt: skip
     try:
         await engine.send(engine.home(taken.key), operation)

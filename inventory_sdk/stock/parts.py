@@ -1,8 +1,8 @@
 """Names and lines of a call over several partitions: who is home, what the parts are called, how foreign lines are written.
 
 The *home* of a call depends on its merchant and id alone (``model.Layout``), so whoever knows the id finds it. What the call does
-in another partition is a *part*: an operation of its own under a key derived from the call's. Where home keeps a line of another partition, its field reads
-``\\x1d<partition>\\x1d<field>``: no user can send that.
+in another partition is a *part*: an operation of its own under a key derived from the call's. Where home keeps a line of another
+partition, its field reads ``\\x1d<partition>\\x1d<field>``: no user can send that.
 """
 
 from __future__ import annotations
