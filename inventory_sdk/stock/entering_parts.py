@@ -52,7 +52,9 @@ async def enter(
         return Entering(str(kind), there, mark, tuple(lines), order, of, str(extra.get("reason", "")), text)
 
     reason = {"reason": extra["reason"]} if "reason" in extra else {}
-    operations = {home.number: entering(key, sale_in(reference, home.number, engine.layout), apart.own, {**extra, "parts": listed})}
+    # A home without lines of its own gives nothing back there: it names the sale as such.
+    of = sale_in(reference, home.number, engine.layout) if apart.own else reference
+    operations = {home.number: entering(key, of, apart.own, {**extra, "parts": listed})}
     for number, lines in apart.parts.items():
         operations[number] = entering(part_key(key, number), sale_in(reference, number, engine.layout), lines, reason)
     for number, operation in operations.items():
