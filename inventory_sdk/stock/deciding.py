@@ -272,16 +272,6 @@ async def follow_call(engine: Engine, call: str, *, patient: bool) -> list[Posit
     return [position for position in await asyncio.gather(*[one(each) for each in decided.instances]) if position is not None]
 
 
-async def bring_up(engine: Engine, call: str) -> None:
-    """Somebody gives back what this call has sold: from now on it can't be undone, and its parts follow."""
-    decided, certain = await decision(engine, call, patient=False)
-    if decided is None or not certain or not decided.instances:
-        return
-    if not decided.kept and decided.lines is None and not await keep(engine, call, decided.instances[0]):
-        return
-    await follow_call(engine, call, patient=False)
-
-
 def part_fingerprint(kind: str, flat: Sequence[Any]) -> str:
     """Stands for what the part takes and what a commit of its call means."""
     return fingerprint(Kind.RESERVE, f"part of {kind}", flat)

@@ -15,13 +15,14 @@ from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConf
 from inventory_sdk.ledger.protocol import Credit, Entered, Entering, EpochClosed, LedgerUnavailable, StockArriving, WritesStock
 from inventory_sdk.metrics.events import Retried
 from inventory_sdk.model import OpeningBalance, Position, fingerprint, key_of, split_key
-from inventory_sdk.stock import deciding, reading
+from inventory_sdk.stock import reading
 from inventory_sdk.stock.answers import refused
 from inventory_sdk.stock.batch import DONE, DONE_LINES, GIVE_UP, OVER, REPLAY
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.parts import call_of, sale_in
 from inventory_sdk.stock.records import read_result
+from inventory_sdk.stock.spanning import bring_up
 from inventory_sdk.stock.upkeep import credit_operation
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
@@ -97,7 +98,7 @@ async def _entered(engine: Engine, partition: Partition, entering: Entering, set
                 if not entering.reference or waited or error.field not in ("of", "lines"):
                     raise
                 waited = True
-                await deciding.bring_up(engine, call_of(entering.reference) or entering.reference)
+                await bring_up(engine, call_of(entering.reference) or entering.reference)
                 await settled(await journaled(partition))
         raise StockFrozen(f"partition {partition.number} is being recovered", retry_after=0.5)
 

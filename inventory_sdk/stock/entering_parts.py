@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConflict, OutcomeUnknown, StockFrozen
 from inventory_sdk.ledger.protocol import Entered, Entering, EpochClosed
 from inventory_sdk.model import Position, Receipt, fingerprint, split_key
-from inventory_sdk.stock import deciding, reading
+from inventory_sdk.stock import reading
 from inventory_sdk.stock.claims import claim
 from inventory_sdk.stock.entering import ENTERED, Committing, Done, credited, journaled
 from inventory_sdk.stock.parts import Spread, part_key, sale_in
 from inventory_sdk.stock.records import read_result
-from inventory_sdk.stock.spanning import receipt_of
+from inventory_sdk.stock.spanning import bring_up, receipt_of
 
 if TYPE_CHECKING:
     from inventory_sdk.stock.engine import Engine
@@ -107,7 +107,7 @@ async def _commit(
                 if not reference or waited or error.field not in ("of", "lines"):
                     raise
                 waited = True
-                await deciding.bring_up(engine, reference)
+                await bring_up(engine, reference)
                 for number in operations:
                     await settled(await journaled(engine.partitions[number]))
         raise StockFrozen("a partition of this call is being recovered", retry_after=0.5)

@@ -128,6 +128,20 @@ async def follow(engine: Engine, key: str) -> None:
         log.warning("the parts of %r did not follow now: %r", split_key(key)[1], fault)
 
 
+async def bring_up(engine: Engine, call: str) -> None:
+    """Somebody gives back what this call has sold: from now on it can't be undone, and its parts follow, now if possible."""
+    try:
+        decided, certain = await deciding.decision(engine, call, patient=False)
+        if decided is None or not certain or not decided.instances:
+            return
+        if not decided.kept and decided.lines is None and not await deciding.keep(engine, call, decided.instances[0]):
+            return
+    except Exception as fault:  # noqa: BLE001 - see above
+        engine.metrics.record(Retried("follow", type(fault).__name__))
+        return
+    await follow(engine, call)
+
+
 async def _keep(engine: Engine, key: str, position: Position) -> bool:
     mark = f"{position.epoch}-{position.sequence}"
     operation: list[Any] = ["keep", f"{key}\x1fkeep", "", [], "", key, 0, "", mark, ""]
