@@ -437,6 +437,9 @@ class Layout:
         if self.by not in PARTITION_BY:
             raise InvalidOperation("partition_by", self.by, f"must be one of {', '.join(PARTITION_BY)}")
 
+    def __str__(self) -> str:
+        return f"{self.partitions} by {self.by}"
+
     @property
     def apart(self) -> bool:
         """Whether one merchant's stock stands in several partitions."""

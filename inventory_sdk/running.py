@@ -16,7 +16,7 @@ from inventory_sdk.errors import (
     OutcomeUnknown,
     StockFrozen,
 )
-from inventory_sdk.ledger.protocol import Ledger, LedgerUnavailable, OperationRow
+from inventory_sdk.ledger.protocol import NEVER, REPARTITIONED, Ledger, LedgerUnavailable, OperationRow
 from inventory_sdk.metrics import Happened, Metrics
 from inventory_sdk.model import OpeningBalance, Position, Shortage, split_key
 from inventory_sdk.redis_urls import close_client
@@ -129,6 +129,7 @@ class Running:
                     f"{name}={value!r}, but this ledger was made with {stored!r}, and all processes must agree: "
                     f"set {name}={stored!r} here, or change it everywhere with inventory-sdk repartition"
                 )
+        self.engine.relaid = int((await self.ledger.settle_setting(REPARTITIONED, NEVER)).split()[-1])
         for partition in range(self.settings.partitions):
             try:
                 await open_first(self.engine.upkeep, self.ledger, self.queue, partition)

@@ -65,6 +65,7 @@ class Process:
         self.world = world
         self.client: Redis = fakeredis.FakeAsyncRedis(server=world.server, protocol=2)
         self.engine = Engine(self.client, world.ledger, world.settings, NoMetrics(), None, None, lambda *_: None)
+        self.engine.relaid = world.relaid
         self.reached: list[tuple[int, str, str]] = []
         self.on_reach: Callable[[int, str, str], Any] | None = None
         self.stock = Stock(lambda: self.engine, merchant=merchant, durability=lambda: "redis", reach=self._reach)
@@ -145,6 +146,7 @@ class World:
     ledger: SqlLedger
     server: fakeredis.FakeServer = field(default_factory=fakeredis.FakeServer)
     processes: list[Process] = field(default_factory=list)
+    relaid: int = 0
     _applying: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def process(self, merchant: str = HOME) -> Process:

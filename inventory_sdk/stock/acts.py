@@ -471,6 +471,8 @@ class Acts:
             await self._reach(engine, position, "settled", "", None)
 
         apart = self._spread(key, flat)
+        if engine.relaid and (first := await entering_parts.before(engine, kind, key, flat, apart, reference)) is not None:
+            return first
         if apart is not None:
             return await entering_parts.enter(engine, kind, key, flat, apart, order, reference, extra, settled)
         done = await entering.enter(engine, partition, kind, key, flat, order, reference, extra, settled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,10 +80,12 @@ class Engine:
         self.ledger = ledger
         self.settings = settings
         self.layout = Layout(settings.partitions, settings.partition_by)
+        self.relaid = 0
+        """When partitions were told apart in another way before (Unix milliseconds), 0: never. Calls of that time were spread otherwise."""
         self.metrics = metrics
         self.publish = publish
         self.wire = scripts_on(client, settings.redis_timeout, metrics)
-        self.partitions = tuple(Partition(number, settings.namespace, self.wire) for number in range(settings.partitions))
+        self.partitions = tuple(Partition(number, settings.namespace, self.wire, str(self.layout)) for number in range(settings.partitions))
         self._batchers: dict[tuple[int, str], Batcher] = {}
         self._shares = {lane: asyncio.Semaphore(most) for lane, most in settings.connections.items()}
         self._on_refused = on_refused
@@ -121,6 +124,11 @@ class Engine:
     def place(self, field: str) -> Partition:
         """The partition of a stock field."""
         return self.partitions[self.layout.of(field)]
+
+    @property
+    def relaid_lately(self) -> bool:
+        """Whether calls of the layout before are still remembered in Redis."""
+        return bool(self.relaid) and time.time() * 1000 - self.relaid < self.settings.results_window * 1000
 
     def batcher(self, partition: Partition, lane: str) -> Batcher:
         """The lane's batcher, made when first used."""

@@ -14,13 +14,27 @@ from inventory_sdk.model import Position, Receipt, fingerprint, split_key
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.claims import claim
 from inventory_sdk.stock.entering import ENTERED, Committing, Done, credited, journaled
-from inventory_sdk.stock.parts import Spread, part_key, sale_in
+from inventory_sdk.stock.parts import Spread, merged, part_key, sale_in
 from inventory_sdk.stock.records import read_result
 from inventory_sdk.stock.spanning import bring_up, receipt_of
 
 if TYPE_CHECKING:
     from inventory_sdk.stock.engine import Engine
     from inventory_sdk.stock.partition import Partition
+
+
+async def before(engine: Engine, kind: str, key: str, flat: list[Any], apart: Spread | None, reference: str) -> Receipt | None:
+    """The first receipt of what entered when stock was told apart in another way. Its parts have other names than they would have now,
+    so they would not be met. ``OperationConflict``."""
+    row = await engine.ledger.operation(key)
+    now = {number: lines[::2] for number, lines in apart.parts.items()} if apart is not None else {}
+    if row is None or {part[0]: list(part[2][::2]) for part in row.parts} == now:
+        return None
+    merchant, name = split_key(key)
+    if row.fingerprint != fingerprint(kind, reference, ["+", *flat]):
+        raise OperationConflict(name)
+    lines, left = merged(row.lines, row.remaining, row.parts)
+    return receipt_of(name, str(kind), merchant, row.order, lines, left, (row.position,), "database", True)
 
 
 async def enter(

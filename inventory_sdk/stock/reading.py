@@ -172,7 +172,7 @@ async def status(
         result = read_result(record)
         if SEPARATOR in result.order and not at:
             return await status(engine, key, result.order)  # a claim: what it closes says where it was done
-        found = await engine.journaled(partition, key, result.epoch, result.sequence)
+        found = await engine.journaled(partition, key, result.epoch, result.sequence) if result.epoch else None
         if found is not None and found.kind != Kind.CREDIT:
             position = Position(partition.number, result.epoch, result.sequence)
             parts = json.loads(found.extra).get("parts", ()) if '"parts":' in found.extra else ()

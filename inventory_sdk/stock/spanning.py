@@ -218,6 +218,8 @@ class _Work:
     async def _attempt(self) -> _Decided | None:
         """One try; None: a part of it had been given up, so it begins anew."""
         self.prepared = []
+        if self.engine.relaid_lately and (first := await self._before()) is not None:
+            return first  # it may have had other parts, which no preparation would meet
         parts = list(self.taking.spread.parts.items())
         answers = await asyncio.gather(*[self._prepare(number, flat) for number, flat in parts], return_exceptions=True)
         failed: list[tuple[int, list[Any] | BaseException]] = []
@@ -423,7 +425,8 @@ class _Work:
             raise closed(self._name, state)
         if record is None:
             return await self._repeated()
-        return await self._replayed([REPLAY, record])
+        unsure = taking.kind == Kind.RESERVE and not state  # after a rebuild only the ledger knows how it ended
+        return await self._replayed([ASK_LEDGER if unsure else REPLAY, record])
 
     async def _repeated(self) -> _Decided:
         """The ledger has this call from before Redis' memory: its first receipt."""
