@@ -9,12 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import fakeredis
 import pytest
+from typer.testing import CliRunner
 
-from inventory_sdk import Line, Receipt, Reservation
+from inventory_sdk import Inventory, Line, Receipt, Reservation
+from inventory_sdk.cli.app import app
 from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConflict, ReservationClosed, ReservationNotFound, StockFrozen
 from inventory_sdk.ledger.repartition import NotReady
+from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import Layout, key_of
+from inventory_sdk.servers import Servers
 from inventory_sdk.sync.queues.memory import MemoryQueue
 from inventory_sdk.sync.recovery import rebuild
 from inventory_sdk.sync.repartition import Plan, Repartition, engine_for
@@ -352,3 +357,53 @@ async def test_a_ledger_without_stock_has_nothing_to_change(tmp_path: Path, name
         command = Repartition(process.engine, world.ledger, MemoryQueue(), Layout(2))
         with pytest.raises(InventoryError, match="no stock yet"):
             await command.plan()
+
+
+def test_the_command_looks_first_and_does_it_with_yes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database, namespace = f"sqlite+aiosqlite:///{tmp_path / 'ledger.db'}", "laid"
+    redis = fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer())
+
+    def inventory(**layout: Any) -> Inventory:
+        return Inventory(redis, database=database, namespace=namespace, metrics=[NoMetrics()], **layout)
+
+    async def sell() -> None:
+        async with inventory(partitions=2) as shop:
+            await shop.create_schema()
+            async with shop.worker():
+                await shop.stock.restock([Line(sku, 5) for sku in SKUS], operation_id="po")
+                await shop.stock.reserve([Line("a", 2), Line("b", 1)], operation_id="r1", ttl=None)
+                await shop.settled()
+            await redis.delete(*[f"{{{namespace}:{number}}}:worker" for number in range(2)])
+
+    async def go_on() -> None:
+        async with inventory(partitions=4, partition_by="sku") as shop, shop.worker():
+            async with asyncio.timeout(30):
+                for number in range(4):
+                    while await shop._ready().engine.upkeep.worker_seen(number) is None:
+                        await asyncio.sleep(0.02)
+            assert (await shop.stock.reserve([Line("a", 2), Line("b", 1)], operation_id="r1", ttl=None)).replayed
+            assert (await shop.stock.restock([Line(sku, 5) for sku in SKUS], operation_id="po")).replayed
+            await shop.stock.confirm("r1")
+            await shop.settled()
+            await shop._ready().engine.drain()
+            await shop.settled()
+            assert {row.sku: row.sold for row in await shop.ledger.all_stock() if row.sold} == {"a": 2, "b": 1}
+            assert await shop.ledger.verify() == []
+        with pytest.raises(InventoryError, match="repartition"):
+            await inventory(partitions=2).start()
+
+    real = Servers.make_client
+    monkeypatch.setattr(Servers, "make_client", lambda self: real(replace(self, redis=redis)))
+    command = ["repartition", "--redis", "redis://x", "--database", database, "--namespace", namespace, "--partitions"]
+    runner = CliRunner()
+    missing = runner.invoke(app, [*command, "4"])
+    assert missing.exit_code == 1
+    asyncio.run(sell())
+    look = runner.invoke(app, [*command, "4", "--partition-by", "sku"])
+    assert (look.exit_code, "with --yes it is done" in look.output) == (0, True), look.output
+    assert "2 by merchant to 4 by sku" in look.output
+    done = runner.invoke(app, [*command, "4", "--partition-by", "sku", "--yes"])
+    assert (done.exit_code, "1 live reservations" in done.output) == (0, True), done.output
+    again = runner.invoke(app, [*command, "4"])
+    assert (again.exit_code, "as they are" in again.output) == (0, True), again.output
+    asyncio.run(go_on())
