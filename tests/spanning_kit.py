@@ -227,10 +227,11 @@ class World:
 
 @asynccontextmanager
 async def world_of(
-    folder: Path, namespace: str, *, partitions: int = 4, partition_by: str = "merchant", stocked: dict[str, int] | None = None
+    folder: Path | str, namespace: str, *, partitions: int = 4, partition_by: str = "merchant", stocked: dict[str, int] | None = None
 ) -> AsyncIterator[World]:
-    """An open stock; ``stocked``: units of sku ``a`` per merchant."""
-    ledger = SqlLedger(f"sqlite+aiosqlite:///{folder / 'ledger.db'}")
+    """An open stock, its ledger in this folder or at this URL; ``stocked``: units of sku ``a`` per merchant."""
+    database = folder if isinstance(folder, str) else f"sqlite+aiosqlite:///{folder / 'ledger.db'}"
+    ledger = SqlLedger(database, "inventory_" if isinstance(folder, Path) else f"{namespace}_")
     await ledger.create_schema()
     world = World(StockSettings(namespace=namespace, partitions=partitions, partition_by=partition_by), ledger)
     first = world.process()

@@ -13,9 +13,13 @@ import pytest
 from redis.asyncio import Redis
 
 from inventory_sdk import Inventory, Line
+from inventory_sdk.cli.repartition import changed
 from inventory_sdk.errors import InsufficientStock, InventoryError, OperationConflict
 from inventory_sdk.metrics import NoMetrics
+from inventory_sdk.model import Layout
 from inventory_sdk.sync.queues import from_url
+from tests.repartition_kit import again, change, proven, stop, trade
+from tests.spanning_kit import world_of
 
 PARTITIONS = 4
 SKUS = [f"sku-{n}" for n in range(7)]
@@ -30,10 +34,10 @@ async def test_a_giant_merchant_is_sold_rebuilt_and_compared(swept: str, redis_u
     print(f"INVENTORY_TEST_SEED={seed}")  # noqa: T201 - shown with a failure
     chance = random.Random(seed)
 
-    def process() -> Inventory:
+    def process(partitions: int = PARTITIONS, partition_by: Any = "sku") -> Inventory:
         return Inventory(
             redis_url, queue=amqp_url, database=postgresql_url, merchant="giant", namespace=swept, table_prefix=f"{swept}_",
-            partitions=PARTITIONS, partition_by="sku", metrics=[NoMetrics()],
+            partitions=partitions, partition_by=partition_by, metrics=[NoMetrics()],
         )  # fmt: skip
 
     inventories = [process(), process()]
@@ -116,8 +120,39 @@ async def test_a_giant_merchant_is_sold_rebuilt_and_compared(swept: str, redis_u
             assert done.holds >= 1
             one = await inventories[0].reconciler.run(merchant="giant")
             assert (one.open, one.skus) == ((), len(SKUS))
+    client = Redis.from_url(redis_url)
+    await client.delete(*[f"{{{swept}:{number}}}:worker" for number in range(PARTITIONS)])
+    await client.aclose()
+    place = redis_url, amqp_url, postgresql_url, swept, f"{swept}_", 6, "merchant"
+    assert await changed(*place, really=False)
+    assert await changed(*place, really=True)
+    inventories = [process(partitions=6, partition_by="merchant"), process(partitions=6, partition_by="merchant")]
+    async with inventories[0], inventories[1], inventories[0].worker(housekeeping=0.1):
+        await asyncio.gather(*[buy(number) for number in range(ORDERS + 30, ORDERS + 60)])
+        await agree()
+        for name, (kind, cart, _) in chance.sample(sorted(receipts.items()), 15):
+            stock = inventories[0].stock
+            take = stock.deduct if kind == "deduct" else stock.reserve
+            assert (await insist(lambda take=take, cart=cart, name=name: take(cart, operation_id=name))).replayed
+        await agree()
+        assert (await inventories[0].reconciler.run()).open == ()
     queue = from_url(amqp_url, swept)
     await queue.start()
-    for partition in range(PARTITIONS):
+    for partition in range(6):
         await queue.delete(partition)
     await queue.close()
+
+
+@pytest.mark.parametrize("database", ["postgresql_url", pytest.param("mariadb_url", marks=pytest.mark.mariadb)])
+async def test_a_change_of_layout_carries_everything_over_in_each_database(
+    swept: str, request: pytest.FixtureRequest, postgresql_url: str, mariadb_url: str, database: str
+) -> None:
+    new = Layout(3, "sku")
+    async with world_of(str(request.getfixturevalue(database)), swept, partitions=2) as world:
+        await world.ledger.settle({"partitions": "2", "partition_by": "merchant"})
+        done = await trade(world.process())
+        await stop(world)
+        await (await change(world, new)).run()
+        await stop(world)
+        again(world, new)
+        await proven(world, done)
