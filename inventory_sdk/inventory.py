@@ -20,7 +20,7 @@ from inventory_sdk.hotspot.hotspots import Hotspots
 from inventory_sdk.hotspot.rates import Overflow, make_rule
 from inventory_sdk.ledger.protocol import Ledger, OperationRow
 from inventory_sdk.metrics import Fanout, Metrics
-from inventory_sdk.model import Detection, Lane, Line, Position, Receipt, check_text
+from inventory_sdk.model import PARTITION_BY, Detection, Lane, Line, Position, Receipt, check_text
 from inventory_sdk.reconcile.model import Reconcile
 from inventory_sdk.reconcile.reconciler import Reconciler
 from inventory_sdk.redistribute.coalesced import CoalesceAspect, Options
@@ -55,8 +55,9 @@ class Inventory(StockDecorators):
 
     ``redis``: a URL or a redis.asyncio client; ``"memory://"`` embeds everything, worker included. ``queue``: an ``amqp://`` URL;
     None: the journal in Redis is the queue. ``database``: a SQLAlchemy URL with an async driver, or an AsyncEngine. ``merchant``:
-    for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` is
-    kept in the ledger and must be the same in every process. ``admission``: who sells the stock of merchants that are new to the
+    for calls that name none; None: every call must. ``namespace``: what all Redis keys and queues begin with. ``partitions`` and
+    ``partition_by`` are kept in the ledger and must be the same in every process: a merchant's stock stands in one partition, or with
+    ``partition_by="sku"``, for one giant merchant, each SKU in its own. ``admission``: who sells the stock of merchants that are new to the
     ledger, ``"redis"`` or, under row locks, ``"database"``; ``stock.adopt`` and ``stock.withdraw`` change it; ``"auto"``: each SKU by the
     database until it is hot, then by Redis until it is cool, as ``detection`` says. ``durability``: for calls that name none; None:
     ``"queue"`` where one is configured, else ``"redis"``. ``replicas``: how many copies ``"replica"`` waits for. ``lanes`` by name;
@@ -78,6 +79,7 @@ class Inventory(StockDecorators):
         merchant: str | None = "default",
         namespace: str = "inventory",
         partitions: int = 1,
+        partition_by: Literal["merchant", "sku"] = "merchant",
         admission: str = "redis",
         durability: Durability | None = None,
         replicas: int = 1,
@@ -95,6 +97,10 @@ class Inventory(StockDecorators):
         super().__init__()
         if type(partitions) is not int or not 1 <= partitions <= MAX_PARTITIONS:
             raise InvalidOperation("partitions", partitions, f"must be a whole number from 1 to {MAX_PARTITIONS}")
+        if partition_by not in PARTITION_BY:
+            raise InvalidOperation("partition_by", partition_by, f"must be one of {', '.join(PARTITION_BY)}")
+        if partition_by != "merchant" and admission != "redis":
+            raise InvalidOperation("admission", admission, f"with partition_by={partition_by!r} stock is admitted in Redis: 'redis'")
         if type(journal_cap) is not int or journal_cap < 2:
             raise InvalidOperation("journal_cap", journal_cap, "must be a whole number of at least 2 entries")
         check_text("namespace", namespace)
@@ -114,6 +120,7 @@ class Inventory(StockDecorators):
         self._settings = StockSettings(
             namespace=namespace,
             partitions=partitions,
+            partition_by=partition_by,
             redis_timeout=redis_timeout,
             results_window=results_window,
             journal_cap=journal_cap,
@@ -145,7 +152,7 @@ class Inventory(StockDecorators):
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
         """From INVENTORY_REDIS_URL, INVENTORY_QUEUE_URL, INVENTORY_DATABASE_URL, INVENTORY_MERCHANT, INVENTORY_NAMESPACE,
-        INVENTORY_PARTITIONS and INVENTORY_DURABILITY; keyword arguments win."""
+        INVENTORY_PARTITIONS, INVENTORY_PARTITION_BY and INVENTORY_DURABILITY; keyword arguments win."""
         arguments: dict[str, Any] = {}
         for name, variable in (
             ("redis", "INVENTORY_REDIS_URL"),
@@ -154,6 +161,7 @@ class Inventory(StockDecorators):
             ("merchant", "INVENTORY_MERCHANT"),
             ("namespace", "INVENTORY_NAMESPACE"),
             ("partitions", "INVENTORY_PARTITIONS"),
+            ("partition_by", "INVENTORY_PARTITION_BY"),
             ("durability", "INVENTORY_DURABILITY"),
         ):
             value = os.environ.get(variable)

@@ -18,6 +18,8 @@ from typing import Any, Final, NamedTuple
 from inventory_sdk.errors import InvalidOperation
 
 SEPARATOR: Final = "\x1f"
+PART: Final = "\x1fpart\x1f"
+"""Between the key of a call over several partitions and the number of the one that a part of it stands in."""
 MAX_QUANTITY: Final = 10**9
 MAX_BALANCE: Final = 10**13
 """Largest balance of one SKU: cjson prints 14 significant digits, and a sum must stay exact."""
@@ -51,6 +53,8 @@ class Kind(StrEnum):
     """Release of an unknown reservation: closes the name, so that a late reserve takes nothing."""
     UNDO = "undo"
     KEEP = "keep"
+    CLAIM = "claim"
+    """Takes an id at its home for an act that is done elsewhere: in the partition of the reservation that it closes."""
     PIN = "pin"
     RESUME = "resume"
     CREDIT = "credit"
@@ -410,6 +414,61 @@ def fingerprint(kind: str, reference: str, flat: Sequence[Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def partition_of(merchant: str, partitions: int) -> int:
-    """crc32 of the merchant's UTF-8, modulo the number of partitions: the same in every process and language."""
-    return zlib.crc32(merchant.encode()) % partitions if partitions > 1 else 0
+PARTITION_BY: Final = ("merchant", "sku")
+_TRIES: Final = 64
+
+
+def partition_of(name: str, partitions: int) -> int:
+    """crc32 of the name's UTF-8, modulo the number of partitions: the same in every process and language."""
+    return zlib.crc32(name.encode()) % partitions if partitions > 1 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where stock and operations live: ``partitions`` of them, told apart ``by`` merchant, or by SKU for one giant merchant.
+
+    ``InvalidOperation`` for any other ``by``. The rule is in docs/explanation/spanning.md; every process on one stock keeps the same.
+    """
+
+    partitions: int = 1
+    by: str = "merchant"
+
+    def __post_init__(self) -> None:
+        if self.by not in PARTITION_BY:
+            raise InvalidOperation("partition_by", self.by, f"must be one of {', '.join(PARTITION_BY)}")
+
+    def __str__(self) -> str:
+        return f"{self.partitions} by {self.by}"
+
+    @property
+    def apart(self) -> bool:
+        """Whether one merchant's stock stands in several partitions."""
+        return self.partitions > 1 and self.by == "sku"
+
+    def of(self, field: str) -> int:
+        """The partition of a stock field: of its merchant, or by SKU of all of it, ``merchant\\x1fsku``."""
+        return partition_of(field if self.by == "sku" else field.partition(SEPARATOR)[0], self.partitions)
+
+    def home(self, key: str) -> int:
+        """The partition in which an operation or a reservation is decided, whatever its lines: of its merchant, or by SKU of
+        ``merchant\\x1fid``. A derived id (``id\\x1f…``) has the home of the one that it comes from."""
+        if self.by != "sku":
+            return partition_of(key.partition(SEPARATOR)[0], self.partitions)
+        merchant, _, name = key.partition(SEPARATOR)
+        return partition_of(f"{merchant}{SEPARATOR}{name.partition(SEPARATOR)[0]}", self.partitions)
+
+    def hold(self, key: str) -> int:
+        """The partition of a reservation's record: its home, or the one that the key of a part names."""
+        call, part, number = key.rpartition(PART)
+        return int(number) if part and call else self.home(key)
+
+    def id_at(self, merchant: str, start: str, partition: int) -> str:
+        """An id that begins with ``start`` and is at home in ``partition``, so that a call with all of its lines there needs no other;
+        ``start`` itself where the id does not matter, or (in theory) none was found."""
+        if not self.apart:
+            return start
+        begun = zlib.crc32(f"{merchant}{SEPARATOR}{start}-".encode())
+        for number in range(_TRIES * self.partitions):
+            if zlib.crc32(b"%x" % number, begun) % self.partitions == partition:
+                return f"{start}-{number:x}"
+        return start

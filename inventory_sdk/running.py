@@ -16,7 +16,7 @@ from inventory_sdk.errors import (
     OutcomeUnknown,
     StockFrozen,
 )
-from inventory_sdk.ledger.protocol import Ledger, LedgerUnavailable, OperationRow
+from inventory_sdk.ledger.protocol import NEVER, REPARTITIONED, Ledger, LedgerUnavailable, OperationRow
 from inventory_sdk.metrics import Happened, Metrics
 from inventory_sdk.model import OpeningBalance, Position, Shortage, split_key
 from inventory_sdk.redis_urls import close_client
@@ -122,10 +122,14 @@ class Running:
         """Hold our settings against the ledger's, and make the first epoch of each partition where there is none."""
         if self.open:
             return
-        for name, value in (("partitions", str(self.settings.partitions)), ("partition_by", "merchant")):
+        for name, value in (("partitions", str(self.settings.partitions)), ("partition_by", self.settings.partition_by)):
             stored = await self.ledger.settle_setting(name, value)
             if stored != value:
-                raise InventoryError(f"{name}={value!r}, but this ledger was made with {stored!r}; all processes must agree")
+                raise InventoryError(
+                    f"{name}={value!r}, but this ledger was made with {stored!r}, and all processes must agree: "
+                    f"set {name}={stored!r} here, or change it everywhere with inventory-sdk repartition"
+                )
+        self.engine.relaid = int((await self.ledger.settle_setting(REPARTITIONED, NEVER)).split()[-1])
         for partition in range(self.settings.partitions):
             try:
                 await open_first(self.engine.upkeep, self.ledger, self.queue, partition)

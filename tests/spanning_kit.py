@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from inventory_sdk.ledger.sql import SqlLedger
 from inventory_sdk.metrics import NoMetrics
-from inventory_sdk.model import Line, Position, key_of, partition_of
+from inventory_sdk.model import Layout, Line, Position, key_of
 from inventory_sdk.stock.batch import Answered
 from inventory_sdk.stock.engine import Engine, StockSettings
 from inventory_sdk.stock.journal import decode
@@ -30,14 +30,16 @@ HOME = "m1"
 
 
 def shops(partitions: int, count: int = 3) -> list[str]:
-    """``HOME`` and merchants of partitions of their own."""
-    found = [HOME]
-    used = {partition_of(HOME, partitions)}
-    for number in range(1000):
-        name = f"s{number}"
-        if len(found) < count and partition_of(name, partitions) not in used:
+    """``HOME`` and merchants whose sku ``a`` stands in a partition of its own, however stock is told apart."""
+    found: list[str] = []
+    layouts = Layout(partitions), Layout(partitions, "sku")
+    used = {layout: set[int]() for layout in layouts}
+    for name in (HOME, *(f"s{number}" for number in range(1000))):
+        places = {layout: layout.of(key_of(name, "a")) for layout in layouts}
+        if len(found) < count and not any(places[layout] in used[layout] for layout in layouts):
             found.append(name)
-            used.add(partition_of(name, partitions))
+            for layout in layouts:
+                used[layout].add(places[layout])
     assert len(found) == count
     return found
 
@@ -63,6 +65,7 @@ class Process:
         self.world = world
         self.client: Redis = fakeredis.FakeAsyncRedis(server=world.server, protocol=2)
         self.engine = Engine(self.client, world.ledger, world.settings, NoMetrics(), None, None, lambda *_: None)
+        self.engine.relaid = world.relaid
         self.reached: list[tuple[int, str, str]] = []
         self.on_reach: Callable[[int, str, str], Any] | None = None
         self.stock = Stock(lambda: self.engine, merchant=merchant, durability=lambda: "redis", reach=self._reach)
@@ -143,6 +146,7 @@ class World:
     ledger: SqlLedger
     server: fakeredis.FakeServer = field(default_factory=fakeredis.FakeServer)
     processes: list[Process] = field(default_factory=list)
+    relaid: int = 0
     _applying: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def process(self, merchant: str = HOME) -> Process:
@@ -150,6 +154,19 @@ class World:
         made = Process(self, merchant)
         self.processes.append(made)
         return made
+
+    def home(self, operation_id: str, merchant: str = HOME) -> int:
+        """The partition that decides on it."""
+        return self.processes[0].engine.layout.home(key_of(merchant, operation_id))
+
+    def place(self, merchant: str, sku: str = "a") -> int:
+        """The partition of its stock."""
+        return self.processes[0].engine.layout.of(key_of(merchant, sku))
+
+    def positions(self, operation_id: str, *merchants: str) -> list[int]:
+        """Where a call of ``HOME`` with sku ``a`` of these has its positions: home, then its parts."""
+        home = self.home(operation_id)
+        return [home, *sorted({self.place(merchant) for merchant in merchants} - {home})]
 
     async def apply(self) -> None:
         """A worker's turn: the ledger applies all journals, partition after partition."""
@@ -209,11 +226,14 @@ class World:
 
 
 @asynccontextmanager
-async def world_of(folder: Path, namespace: str, *, partitions: int = 4, stocked: dict[str, int] | None = None) -> AsyncIterator[World]:
-    """An open stock; ``stocked``: units of sku ``a`` per merchant."""
-    ledger = SqlLedger(f"sqlite+aiosqlite:///{folder / 'ledger.db'}")
+async def world_of(
+    folder: Path | str, namespace: str, *, partitions: int = 4, partition_by: str = "merchant", stocked: dict[str, int] | None = None
+) -> AsyncIterator[World]:
+    """An open stock, its ledger in this folder or at this URL; ``stocked``: units of sku ``a`` per merchant."""
+    database = folder if isinstance(folder, str) else f"sqlite+aiosqlite:///{folder / 'ledger.db'}"
+    ledger = SqlLedger(database, "inventory_" if isinstance(folder, Path) else f"{namespace}_")
     await ledger.create_schema()
-    world = World(StockSettings(namespace=namespace, partitions=partitions), ledger)
+    world = World(StockSettings(namespace=namespace, partitions=partitions, partition_by=partition_by), ledger)
     first = world.process()
     queue = MemoryQueue()
     try:

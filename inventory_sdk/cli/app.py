@@ -14,12 +14,13 @@ from inventory_sdk.cli.doctor import doctor
 from inventory_sdk.cli.gray import gray
 from inventory_sdk.cli.monitoring import monitoring
 from inventory_sdk.cli.reconcile import reconcile
+from inventory_sdk.cli.repartition import repartition
 from inventory_sdk.cli.schema import schema
 from inventory_sdk.cli.triggers import triggers
 from inventory_sdk.cli.worker import worker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (demo, worker, schema, doctor, admission, monitoring, admin, admin_user, reconcile, triggers):
+for command in (demo, worker, schema, doctor, admission, monitoring, admin, admin_user, reconcile, repartition, triggers):
     app.command()(command)
 app.add_typer(gray, name="gray")
 

@@ -205,5 +205,5 @@ class Promotion:
         engine = self._ground.engine
         found: dict[int, list[str]] = {}
         for field in fields:
-            found.setdefault(engine.home(split_key(field)[0]).number, []).append(field)
+            found.setdefault(engine.layout.of(field), []).append(field)
         return found

@@ -16,6 +16,7 @@ from inventory_sdk.ledger.protocol import Refusal
 from inventory_sdk.ledger.store import PENDING, clean, dumps
 from inventory_sdk.model import (
     LEDGER_DELTAS,
+    NO_DELTAS,
     SEPARATOR,
     Deltas,
     JournalEntry,
@@ -31,7 +32,7 @@ REJECTED: Final = "rejected"
 DUPLICATE: Final = "duplicate"
 UNDONE: Final = "undone"
 
-CLAIMING: Final = frozenset({Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST, Kind.CONFIRM, Kind.RELEASE, Kind.REACQUIRE})
+CLAIMING: Final = frozenset({Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST, Kind.CONFIRM, Kind.RELEASE, Kind.REACQUIRE, Kind.CLAIM})
 """Kinds whose id is taken by them; the ids of the others are made from positions."""
 
 HELD, CONFIRMED, RELEASED, EXPIRED = "held", "confirmed", "released", "expired"
@@ -64,7 +65,7 @@ VOID_OF: Final[dict[str, tuple[int, int]]] = {
     Kind.CREDIT: (-1, 0),
 }
 
-UNDOABLE: Final = frozenset({Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST})
+UNDOABLE: Final = frozenset({Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST, Kind.CLAIM})
 
 
 class Stock:
@@ -251,6 +252,7 @@ class Verdicts:
             Kind.REACQUIRE: self._reacquire,
             Kind.UNDO: self._undo,
             Kind.KEEP: self._keep,
+            Kind.CLAIM: self._claim_id,
             Kind.TOMBSTONE: self._tombstone,
             Kind.EXTEND: self._mark,
             Kind.PIN: self._mark,
@@ -507,7 +509,7 @@ class Verdicts:
         if kind not in UNDOABLE:
             raise InventoryError(f"journal entry {self._where()}: undo of {kind!r}; extra {operation.extra!r}")
         epoch, seq = parse_position(operation, extra, 2)
-        available, reserved = VOID_OF[kind]
+        available, reserved = VOID_OF.get(kind, (0, 0))
         signs = (-available, -reserved)
         take = known.claims.get(reference)
         hold = known.holds.get(reference) if kind == Kind.RESERVE else None
@@ -526,7 +528,7 @@ class Verdicts:
                 return
             self._refuse(operation, extra, "closed", freeze=reference not in known.refused, signs=signs)
             return
-        per_unit = LEDGER_DELTAS[kind].negated()
+        per_unit = LEDGER_DELTAS.get(kind, NO_DELTAS).negated()
         if not self._move(operation.lines, per_unit):
             self._refuse(operation, extra, "insufficient", freeze=True, signs=signs)
             return
@@ -599,6 +601,13 @@ class Verdicts:
             self.kept.append((take.epoch, take.seq, take.index))
         else:
             take.row[KEPT] = True
+
+    def _claim_id(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
+        if operation.key in self.known.claims:
+            # Redis had forgotten it. Nothing moved, and the act itself is judged where it is done.
+            self._row(operation, extra, DUPLICATE)
+            return
+        self._claim(operation, self._accept(operation, extra))
 
     def _tombstone(self, operation: JournalOperation, extra: dict[str, Any]) -> None:
         self._accept(operation, extra)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 
 from inventory_sdk.errors import InvalidOperation, OperationConflict
 from inventory_sdk.ledger import rows
@@ -24,7 +24,6 @@ from inventory_sdk.ledger.store import ARRIVING, DATABASE, OPEN, PENDING, REDIS,
 from inventory_sdk.model import (
     LEDGER_DELTAS,
     MAX_BALANCE,
-    SEPARATOR,
     Deltas,
     Kind,
     Movement,
@@ -134,24 +133,26 @@ async def _known(connection: AsyncConnection, store: Store, operations: Sequence
 
 
 async def _sold(connection: AsyncConnection, store: Store, references: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Per sale: field → units that may still be returned."""
+    """Per sale: field → units that may still be returned, of its parts too, whichever partitions these are in."""
     if not references:
         return {}
-    wanted = set(references)
+    wanted = {rows.call_of(key) for key in references}
     sold: dict[str, dict[str, int]] = {}
     for key, take in (await rows.claims(connection, store, wanted)).items():
         if take.kind == Kind.DEDUCT:
-            sold[key] = dict(zip(take.lines[::2], take.lines[1::2], strict=True))
-    for key, hold in (await rows.holds(connection, store, wanted)).items():
-        sold[key] = {field: counts[2] for field, counts in hold.lines.items()}
+            sold.setdefault(key, {}).update(zip(take.lines[::2], take.lines[1::2], strict=True))
+    held = store.tables.reservation
+    keys = (await connection.execute(select(held.c.key).where(or_(*(rows.of_call(held.c.key, key) for key in sorted(wanted)))))).scalars()
+    for key, hold in (await rows.holds(connection, store, list(keys))).items():
+        sold.setdefault(rows.call_of(key), {}).update({field: counts[2] for field, counts in hold.lines.items()})
     table = store.tables.operation
     returns = (
         select(*rows.operation_columns(store))
-        .where(table.c.reference.in_(list(wanted)))
+        .where(or_(*(rows.of_call(table.c.reference, key) for key in sorted(wanted))))
         .where(table.c.kind == Kind.TAKE_BACK.value, table.c.status == APPLIED)
     )
     for row in map(rows.operation_row, await connection.execute(returns)):
-        left = sold.get(row.reference, {})
+        left = sold.get(rows.call_of(row.reference), {})
         for field, quantity in zip(row.lines[::2], row.lines[1::2], strict=True):
             left[field] = left.get(field, 0) - quantity
     return sold
@@ -247,8 +248,8 @@ class _Entering:
         return Entered(position, remaining, credit, False)
 
     def _return(self, operation: Entering) -> None:
-        left = self.sold.get(operation.reference)
-        name = split_key(operation.reference)[1].partition(SEPARATOR)[0]  # of a part: its call's
+        left = self.sold.get(rows.call_of(operation.reference))
+        name = split_key(rows.call_of(operation.reference))[1]
         if left is None:
             raise InvalidOperation("of", name, "is not a sale that the ledger knows")
         for at in range(0, len(operation.lines), 2):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from inventory_sdk.errors import InventoryError, Overloaded
 from inventory_sdk.model import JournalEntry, Movement, Position
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from inventory_sdk.ledger.pages import Pages
 
 WritesStock = Callable[[Sequence[Movement], "AsyncSession"], Awaitable[None]]
+
+REPARTITIONED: Final = "repartitioned"
+"""Setting: how many times partitions were told apart in another way, the last epoch before, and when (Unix milliseconds)."""
+NEVER: Final = "0 0 0"
 
 
 class EpochClosed(InventoryError):

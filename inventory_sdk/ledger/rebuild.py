@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import func, insert, literal, select, tuple_, update
+from sqlalchemy import func, insert, literal, or_, select, tuple_, update
 
 from inventory_sdk.ledger import rows
 from inventory_sdk.ledger.decide import APPLIED, HELD, Hold
 from inventory_sdk.ledger.protocol import Balance, EpochClosed, OperationRow, PartitionRow, ReservationRow
+from inventory_sdk.ledger.repartition import current, remembered
 from inventory_sdk.ledger.store import ARRIVING, CLOSED, DATABASE, DRAINING, LEDGER, OPEN, PENDING, REBUILDING, REDIS, Store
 from inventory_sdk.model import Kind, key_of
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 KIND: Final = rows.OPERATION_COLUMNS.index("kind")
+MOST_ALIKE: Final = 4096
+"""Entries that may have the same time, epoch and sequence: one per partition."""
 FORGOTTEN: Final = 16
 """Epochs that a ledger which went back takes up again, the newest of them: a backup is not older than that many recoveries."""
 
@@ -209,26 +212,37 @@ async def results_page(
     as have ``size`` operations, at least one. And where the next page begins, None at the end."""
     entry, operation = store.tables.entry, store.tables.operation
     order = (entry.c.at_ms, entry.c.epoch, entry.c.seq)
-    query = select(*order, entry.c.operations).where(entry.c.partition == partition, entry.c.at_ms >= since_ms)
+    moved = await current(connection, store)
+    epoch = moved.epoch if moved is not None else 0
+    # What was done under another layout is remembered where it is at home now.
+    mine = or_(entry.c.partition == partition, entry.c.epoch <= epoch) if epoch else entry.c.partition == partition
+    query = select(*order, entry.c.operations, entry.c.partition).where(mine, entry.c.at_ms >= since_ms)
     if before is not None:
         # The time once more by itself: that is what the index can begin from.
         query = query.where(entry.c.at_ms <= before[0], tuple_(*order) < tuple_(*bound(before, *order)))
-    entries = list(await connection.execute(query.order_by(*(column.desc() for column in order)).limit(size)))
-    chosen: list[tuple[int, int, int]] = []
+    limit = size + (MOST_ALIKE if epoch else 0)
+    entries = [tuple(row) for row in await connection.execute(query.order_by(*(column.desc() for column in order)).limit(limit))]
+    chosen: list[tuple[int, ...]] = []
     carried = 0
-    for at_ms, epoch, seq, operations in entries:
-        carried += operations
-        if chosen and carried > size:
+    for row in entries:
+        carried += row[3]
+        if chosen and carried > size and row[:3] != chosen[-1][:3]:
             break
-        chosen.append((at_ms, epoch, seq))
-    keys = {(partition, epoch, seq) for _, epoch, seq in chosen}
+        chosen.append(row)
+    if len(chosen) == limit and chosen[0][:3] != chosen[-1][:3]:
+        # Entries of several partitions may have the same time and number: these come together, on the next page.
+        chosen = [row for row in chosen if row[:3] != chosen[-1][:3]]
+    keys = {(row[4], row[1], row[2]) for row in chosen}
     columns = (*rows.OPERATION_COLUMNS, "claim")
     read = await store.bulk.select(connection, operation, columns, ("partition", "epoch", "seq"), keys)
     found = [rows.operation_row(row) for row in read if row[-1] is not None or row[KIND] == Kind.TOMBSTONE.value]
     found = [row for row in found if row.status == APPLIED]
     found.sort(key=lambda row: (row.at_ms, row.position, row.index), reverse=True)
-    ended = len(entries) < size and len(chosen) == len(entries)
-    return found, None if ended or not chosen else chosen[-1]
+    if moved is not None and epoch:
+        here = [row if row.position.epoch > epoch else remembered(row, partition, moved) for row in found]
+        found = [row for row in here if row is not None]
+    ended = len(entries) < limit and len(chosen) == len(entries)
+    return found, None if ended or not chosen else (chosen[-1][0], chosen[-1][1], chosen[-1][2])
 
 
 def bound(values: Sequence[Any], *columns: Any) -> list[Any]:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import and_, literal, or_, select
 
 from inventory_sdk.ledger.decide import Hold, Stock, Take
 from inventory_sdk.ledger.protocol import Credit, OperationRow, ReservationRow, StockRow, Void
 from inventory_sdk.ledger.schema import COUNTERS
 from inventory_sdk.ledger.store import Store
-from inventory_sdk.model import SEPARATOR, Position, key_of, split_key
+from inventory_sdk.model import PART, SEPARATOR, Position, key_of, split_key
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -25,6 +25,17 @@ OPERATION_COLUMNS: Final = (
 )  # fmt: skip
 _HEADER: Final = ("key", "partition", "epoch", "seq", "state", "fingerprint", "order_id", "expires_at", "pinned", "elsewhere")
 _LINE: Final = ("key", "merchant", "sku", "original", "open", "confirmed", "released")
+
+
+def call_of(key: str) -> str:
+    """The key of the call, where this is a part's."""
+    return key.partition(PART)[0]
+
+
+def of_call(column: Any, call: str) -> Any:
+    """Whether this is the key of the call or of a part of it: a range of bytes that nothing else is in."""
+    first, last = (literal(call + end, column.type) for end in (PART, f"{PART[:-1]}\x20"))
+    return or_(column == literal(call, column.type), and_(column >= first, column < last))
 
 
 def pairs(fields: Iterable[str]) -> list[tuple[str, str]]:
@@ -52,6 +63,13 @@ async def stock(connection: AsyncConnection, store: Store, fields: Iterable[str]
 async def admissions(connection: AsyncConnection, store: Store, fields: Iterable[str]) -> dict[str, str]:
     """Who sells these fields, of those that have a row."""
     columns = ("merchant", "sku", "admission")
+    found = await store.bulk.select(connection, store.tables.stock, columns, ("merchant", "sku"), pairs(fields))
+    return {merchant + SEPARATOR + sku: place for merchant, sku, place in found}
+
+
+async def partitions(connection: AsyncConnection, store: Store, fields: Iterable[str]) -> dict[str, int]:
+    """In which partition these are, of those that have a row."""
+    columns = ("merchant", "sku", "partition")
     found = await store.bulk.select(connection, store.tables.stock, columns, ("merchant", "sku"), pairs(fields))
     return {merchant + SEPARATOR + sku: place for merchant, sku, place in found}
 

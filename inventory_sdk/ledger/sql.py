@@ -17,7 +17,7 @@ except ImportError as error:
     raise ImportError("the SQL ledger needs SQLAlchemy: pip install 'inventory_sdk[postgresql]' (or [mysql], [sqlite])") from error
 
 from inventory_sdk.errors import OutcomeUnknown
-from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, rows, task_runs
+from inventory_sdk.ledger import admission, ddl, direct, late, rebuild, repartition, rows, task_runs
 from inventory_sdk.ledger import tasks as later
 from inventory_sdk.ledger import verify as checks
 from inventory_sdk.ledger.apply import apply
@@ -54,7 +54,7 @@ from inventory_sdk.ledger.protocol import (
 from inventory_sdk.ledger.register import Register
 from inventory_sdk.ledger.schema import tables
 from inventory_sdk.ledger.store import OPEN, PENDING, REDIS, Store
-from inventory_sdk.model import JournalEntry, Position, key_of, split_key
+from inventory_sdk.model import JournalEntry, Layout, Position, key_of, split_key
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -116,6 +116,27 @@ class SqlLedger:
             await self._store.insert_if_absent(connection, table, {"name": name, "value": value})
             stored = await connection.execute(select(table.c.value).where(table.c.name == name))
             return str(stored.scalar_one())
+
+    async def layout(self) -> repartition.Moved | None:
+        """How stock is told apart, and since when; None before the first start."""
+        async with self._engines.read() as connection:
+            return await repartition.current(connection, self._store)
+
+    async def unready(self) -> list[str]:
+        """Why the layout can't be changed now, in words that say what to do."""
+        async with self._engines.read() as connection:
+            return await repartition.unready(connection, self._store)
+
+    async def settle(self, values: Mapping[str, str]) -> None:
+        """Write settings, whatever they were."""
+        async with self._engines.write() as connection:
+            await repartition.settle(connection, self._store, dict(values))
+
+    async def repartition(self, old: repartition.Moved, new: Layout, epoch: int) -> repartition.Counts:
+        """Stock rows and live reservations to the partitions of the new layout, and its settings, in one transaction. ``epoch``: the
+        last one of the old layout. ``NotReady``."""
+        async with self._engines.write() as connection:
+            return await repartition.move(connection, self._store, old, new, epoch)
 
     async def partition(self, partition: int) -> PartitionRow | None:
         """The newest epoch's row, None before the first start."""
@@ -185,6 +206,9 @@ class SqlLedger:
             if state != OPEN:
                 raise EpochClosed(f"partition {partition}: epoch {epoch} is {state or 'unknown'}, nothing is loaded in it")
             stock = await rows.stock(connection, self._store, set(fields), "share")
+            here = await rows.partitions(connection, self._store, list(stock))
+            # Elsewhere another partition sells it: here it is unknown, whoever asks (a process, or an entry, of another layout).
+            stock = {field: row for field, row in stock.items() if here[field] == partition}
             places = await admission.places(connection, self._store, list(stock), None)
             # After the lock: a credit's operation holds its stock rows, so what is pending for these can't change any more.
             pending = (

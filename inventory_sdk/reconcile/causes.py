@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from inventory_sdk.errors import InventoryError
 from inventory_sdk.ledger.accounts import Past, Refused
-from inventory_sdk.model import LEDGER_DELTAS, JournalOperation, Kind
+from inventory_sdk.model import LEDGER_DELTAS, NO_DELTAS, JournalOperation, Kind
 from inventory_sdk.reconcile.comparing import Drift
 from inventory_sdk.reconcile.model import Cause, Discrepancy
 from inventory_sdk.reconcile.redis_side import remembered
@@ -198,7 +198,8 @@ def redis_deltas(operation: JournalOperation) -> list[tuple[str, int, int]]:
         per_unit: Units = (1, 0)
     elif operation.kind == Kind.UNDO:
         try:
-            undone = LEDGER_DELTAS[json.loads(operation.extra)["of"]].negated()
+            of = json.loads(operation.extra)["of"]
+            undone = NO_DELTAS if of == Kind.CLAIM else LEDGER_DELTAS[of].negated()
         except (ValueError, KeyError, TypeError) as error:
             raise InventoryError(f"undo {operation.key!r} does not say of what: {operation.extra!r}") from error
         per_unit = (undone.available, undone.reserved)

@@ -316,7 +316,8 @@ class Correcting:
         await self._stock.extend(found.reservation, ttl=ttl, merchant=found.merchant)
 
     def _partition(self, found: Discrepancy) -> Partition:
-        return self._ground.engine.home(found.merchant)
+        engine = self._ground.engine
+        return engine.partitions[engine.layout.hold(found.name)] if found.what == What.HOLD else engine.place(found.name)
 
 
 _EVENTS: Final[dict[str, Event]] = {"corrected": "corrected", "undone": "undone"}

@@ -134,7 +134,7 @@ class Reconciler:
             scope = await self._scope(here, merchant, sku, order)
         done = await self._over(here, scope, progress)
         # What was left out is looked at by the next run, so that must begin from the same marks.
-        left_out = {here.ground.engine.home(split_key(name)[0]).number for name in done.moving} | set(done.unopened)
+        left_out = {here.ground.engine.place(name).number for name in done.moving} | set(done.unopened)
         for partition, upto in marks.items():
             if partition not in left_out:
                 kept = sorted(upto)[-EPOCHS:]

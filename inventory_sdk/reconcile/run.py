@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from inventory_sdk.beside import Ground
 from inventory_sdk.ledger.accounts import Place
 from inventory_sdk.ledger.protocol import ReservationRow
-from inventory_sdk.model import split_key
+from inventory_sdk.model import key_of
 from inventory_sdk.reconcile.causes import Causes
 from inventory_sdk.reconcile.comparing import CHUNK, Drift, Look, Looking, Pace
 from inventory_sdk.reconcile.holds import HoldLook
@@ -94,7 +94,7 @@ class Run:
         began = time.monotonic()
         total = len(scope.fields) if scope.fields is not None else await self._comparing.count(scope.merchant)
         for partition in self._ground.engine.partitions:
-            if scope.merchant is not None and partition is not self._ground.engine.home(scope.merchant):
+            if scope.merchant is not None and not self._may_have(partition, scope.merchant):
                 continue
             await self._stock(partition, scope, total)
             await self._reservations(partition, scope)
@@ -106,6 +106,15 @@ class Run:
             scope.name, sums.skus, sums.absent, sums.direct, sums.service, sums.holds, tuple(sums.moving), tuple(sorted(sums.unopened)),
             tuple(sums.open[number] for number in sorted(sums.open)), gone, time.monotonic() - began,
         )  # fmt: skip
+
+    def _may_have(self, partition: Partition, merchant: str) -> bool:
+        layout = self._ground.engine.layout
+        return layout.apart or layout.of(key_of(merchant, "")) == partition.number
+
+    def _of(self, found: Discrepancy) -> int:
+        """The partition that a SKU or a reservation is in."""
+        layout = self._ground.engine.layout
+        return layout.hold(found.name) if found.what == What.HOLD else layout.of(found.name)
 
     def _in(self, scope: Scope) -> Callable[[Discrepancy], bool]:
         fields = None if scope.fields is None else set(scope.fields)
@@ -119,7 +128,7 @@ class Run:
                 return scope.books
             if scope.merchant is not None and found.merchant != scope.merchant:
                 return False
-            if self._ground.engine.home(found.merchant).number in unopened or found.name in left_out:
+            if self._of(found) in unopened or found.name in left_out:
                 return False
             if found.what == What.SERVICE and (self._reads is None or found.name in unsettled):
                 return False
@@ -137,7 +146,7 @@ class Run:
                 yield places
                 after = places[-1].field
             return
-        mine = [name for name in scope.fields if self._ground.engine.home(split_key(name)[0]) is partition]
+        mine = [name for name in scope.fields if self._ground.engine.place(name) is partition]
         for start in range(0, len(mine), self._pace.stride):
             part = mine[start : start + self._pace.stride]
             yield await self._comparing.places(part)
@@ -236,7 +245,7 @@ class Run:
         if scope.keys is None:
             pages = self._holds.pages(partition, scope.merchant)
         else:
-            mine = [key for key in scope.keys if self._ground.engine.home(split_key(key)[0]) is partition]
+            mine = [key for key in scope.keys if self._ground.engine.layout.hold(key) == partition.number]
             pages = _one(await self._comparing.holds(mine) if mine else [])
         async for rows in pages:
             await self._pace.take(len(rows))

@@ -10,7 +10,14 @@ from typing import Any, Final, Literal
 from uuid import uuid4
 
 from inventory_sdk import context
-from inventory_sdk.errors import InvalidOperation, OperationConflict, ReservationClosed, ReservationNotFound
+from inventory_sdk.errors import (
+    InsufficientStock,
+    InvalidOperation,
+    OperationConflict,
+    ReservationClosed,
+    ReservationNotFound,
+    UnknownStock,
+)
 from inventory_sdk.ledger.protocol import OperationRow
 from inventory_sdk.model import (
     MAX_LINES,
@@ -23,11 +30,10 @@ from inventory_sdk.model import (
     check_ttl,
     fingerprint,
     key_of,
-    partition_of,
     split_key,
     summed,
 )
-from inventory_sdk.stock import entering, entering_parts, reading, spanning
+from inventory_sdk.stock import claims, entering, entering_parts, reading, spanning
 from inventory_sdk.stock.answers import closed, error, receipt, refused
 from inventory_sdk.stock.batch import ASK_LEDGER, AWAY, DONE, DONE_LINES, NOT_FOUND, NOT_LOADED, REPLAY, TOO_LATE, Answer, Answered
 from inventory_sdk.stock.engine import Engine
@@ -37,6 +43,9 @@ from inventory_sdk.stock.records import PIN_OVERDUE_MS, read_result
 from inventory_sdk.stock.waits import FLAGS
 
 LEVELS: Final = ("redis", "replica", "aof", "queue", "database")
+
+_REFUSALS: Final = (InsufficientStock, InvalidOperation, OperationConflict, ReservationClosed, ReservationNotFound, UnknownStock)
+"""After these an act has certainly moved nothing, and will not."""
 
 Reach = Callable[[Engine, Position, str, str, Answered | None], Awaitable[OperationRow | None]]
 """Waits until the operation of this key at this position is as durable as the level says. The batch is the one that answered; a
@@ -95,7 +104,7 @@ class Acts:
             check_text("order", order)
         flat = self._flat(lines, home, +1)
         if operation_id is None:
-            operation_id = _named(home) or uuid4().hex
+            operation_id = _named(home) or self._made_up(home, flat[0])
         key = key_of(home, check_text("operation_id", operation_id))
         if kind == Kind.ADJUST:
             return await self._enter(Kind.ADJUST, home, key, flat, order or "", "", _extra_of(reason, task))
@@ -111,7 +120,8 @@ class Acts:
 
         ``decider``: spoken by whoever pinned the hold."""
         if receipt.positions[1:]:
-            apart = self._spread(receipt.merchant, [x for each in receipt.lines for x in (key_of(each[0], each[1]), abs(each[2]))])
+            key = key_of(receipt.merchant, receipt.operation_id)
+            apart = self._spread(key, [x for each in receipt.lines for x in (key_of(each[0], each[1]), abs(each[2]))])
             assert apart is not None
             return await spanning.undo(self._engine(), receipt, apart.lines, decider=decider)
         key = key_of(receipt.merchant, receipt.operation_id)
@@ -126,7 +136,7 @@ class Acts:
         mark = f"{position.epoch}-{position.sequence}"
         one = key_of(receipt.lines[0].merchant, receipt.lines[0].sku) if receipt.lines else ""
         operation: list[Any] = ["keep", f"{key}\x1fkeep", "", [], "", key, 0, "", mark, one]
-        answer, _ = await self._engine().send(self._home(receipt.merchant), operation)
+        answer, _ = await self._engine().send(self._engine().home(key), operation)
         if answer[0] not in (DONE, DONE_LINES, REPLAY, TOO_LATE):
             raise refused(answer)
         if receipt.positions[1:] and answer[0] != TOO_LATE:
@@ -173,8 +183,10 @@ class Acts:
             raise InvalidOperation("merchant", None, "name one in the call, the request, or Inventory(merchant=…)")
         return merchant
 
-    def _home(self, merchant: str) -> Partition:
-        return self._engine().home(merchant)
+    def _made_up(self, merchant: str, field: str) -> str:
+        """An id that nobody has given, at home where the stock stands: then a call needs no second partition for it."""
+        layout = self._engine().layout
+        return layout.id_at(merchant, uuid4().hex, layout.of(field))
 
     def _flat(self, lines: Sequence[Line] | None, merchant: str, sign: int, bulk: bool = False) -> list[Any]:
         """Summed and sorted [field, quantity, …], quantities positive; ``bulk``: any number of lines."""
@@ -201,10 +213,10 @@ class Acts:
                 raise InvalidOperation("quantity", quantity, f"lines of one SKU must not sum to more than {MAX_QUANTITY}")
         return flat
 
-    def _spread(self, merchant: str, flat: list[Any]) -> Spread | None:
-        """The lines by partition, None when all are at the merchant's."""
-        partitions = self._engine().settings.partitions
-        return spread(flat, partition_of(merchant, partitions), partitions)
+    def _spread(self, key: str, flat: list[Any]) -> Spread | None:
+        """The lines by partition, None when all are at the home of ``key``."""
+        layout = self._engine().layout
+        return spread(flat, layout.home(key), layout)
 
     async def _take(
         self,
@@ -223,14 +235,15 @@ class Acts:
         if operation_id is None:
             operation_id = _named(merchant)
         made_up = operation_id is None
-        name = uuid4().hex if operation_id is None else check_text("operation_id", operation_id)
         signed = -1 if kind == Kind.ADJUST else 1
         flat = self._flat(lines, merchant, signed)
+        name = self._made_up(merchant, flat[0]) if operation_id is None else check_text("operation_id", operation_id)
         level = self._default_durability() if durability is None else _check_level(durability)
         engine = self._engine()
         if level not in engine.kept:
             await self._keep_level(engine, level)
-        partition = engine.home(merchant)
+        key = f"{merchant}\x1f{name}"
+        partition = engine.home(key)
         if engine.count is not None:
             engine.count(flat[::2])
         if engine.loader.has_unknown:
@@ -241,9 +254,8 @@ class Acts:
             hold_ms = ttl_ms(ttl)
             if ttl is None and made_up:
                 raise InvalidOperation("ttl", None, "a hold without an end needs an operation_id of your own")
-        key = f"{merchant}\x1f{name}"
-        if engine.settings.partitions > 1 and (len(flat) > 2 or not flat[0].startswith(f"{merchant}\x1f")):
-            apart = self._spread(merchant, flat)
+        if engine.settings.partitions > 1 and (engine.layout.apart or len(flat) > 2 or not flat[0].startswith(f"{merchant}\x1f")):
+            apart = self._spread(key, flat)
             if apart is not None:
                 undoable = kind == Kind.ADJUST or (made_up and kind == Kind.DEDUCT)
                 taking = spanning.Taking(kind, key, flat, apart, order or "", hold_ms, extra, level, made_up, undoable)
@@ -286,7 +298,7 @@ class Acts:
                 level = "database"
             remaining = record.remaining
             if not remaining:
-                known = await reading.status(engine, partition, key)
+                known = await reading.status(engine, key)
                 remaining = known[4] if known else [0] * (len(flat) // 2)
             if level != "redis":
                 first = await self._reach(engine, position, level, key, batch)
@@ -334,22 +346,49 @@ class Acts:
         home = self._merchant(merchant)
         if flag == "r" and lines is not None:
             raise InvalidOperation("lines", lines, "reacquire=True takes the whole reservation again")
+        engine = self._engine()
+        hold = key_of(home, reservation)
+        partition = engine.home(hold)
         if operation_id is not None:
             name = check_text("operation_id", operation_id)
         elif lines is None:
             name = f"{reservation}\x1f{kind.value}"
         else:
-            name = _named(home) or uuid4().hex
+            name = _named(home) or engine.layout.id_at(home, uuid4().hex, partition.number)
         flat = self._flat(lines, home, +1) if lines is not None else []
-        apart = self._spread(home, flat)
-        hold = key_of(home, reservation)
+        apart = self._spread(hold, flat)
         key = key_of(home, name)
-        engine = self._engine()
         if level not in engine.kept:
             await self._keep_level(engine, level)
         flag += FLAGS.get(level, "")
-        partition = engine.home(home)
         mark = fingerprint(kind, hold, flat)
+        if engine.home(key) is partition:
+            return await self._close_at_home(kind, key, hold, mark, flat, apart, level, task, flag, lines is None)
+        taken = await claims.claim(engine, key, mark, hold)
+        try:
+            return await self._close_at_home(kind, key, hold, mark, flat, apart, level, task, flag, lines is None)
+        except _REFUSALS:
+            if taken is not None:
+                await claims.free(engine, taken)
+            raise
+
+    async def _close_at_home(
+        self,
+        kind: Kind,
+        key: str,
+        hold: str,
+        mark: str,
+        flat: list[Any],
+        apart: Spread | None,
+        level: str,
+        task: dict[str, Any] | None,
+        flag: str,
+        whole: bool,
+    ) -> Receipt:
+        """Where the reservation is decided."""
+        engine = self._engine()
+        partition = engine.home(hold)
+        (home, name), reservation = split_key(key), split_key(hold)[1]
 
         def operation(flags: str) -> list[Any]:
             # A batch keeps the list it was given: every try has its own.
@@ -361,7 +400,7 @@ class Acts:
             if known is not None:
                 all_lines, left = merged(known.lines, known.remaining, known.parts) if known.parts else (known.lines, known.remaining)
                 return receipt(name, kind.value, home, known.order or None, all_lines, left, known.position, level, True)
-            if kind != Kind.RELEASE or lines is not None:
+            if kind != Kind.RELEASE or not whole:
                 raise ReservationNotFound(reservation, home)
             answer, batch = await engine.send(partition, operation(flag + "t"))
             if answer[0] <= DONE and not answer[2]:
@@ -413,7 +452,7 @@ class Acts:
         key = key_of(merchant, reservation)
         engine = self._engine()
         operation: list[Any] = [kind.value, f"{merchant}\x1f{uuid4().hex}", "", [], "", key, end_ms, "", mark, ""]
-        answer, _ = await engine.send(engine.home(merchant), operation)
+        answer, _ = await engine.send(engine.home(key), operation)
         if answer[0] == NOT_FOUND:
             found = await engine.ledger.reservation(key)
             if found is not None and found.state != "held":
@@ -426,12 +465,14 @@ class Acts:
         self, kind: Kind, merchant: str, key: str, flat: list[Any], order: str, reference: str, extra: dict[str, Any]
     ) -> Receipt:
         engine = self._engine()
-        partition = engine.home(merchant)
+        partition = engine.home(key)
 
         async def settled(position: Position) -> None:
             await self._reach(engine, position, "settled", "", None)
 
-        apart = self._spread(merchant, flat)
+        apart = self._spread(key, flat)
+        if engine.relaid and (first := await entering_parts.before(engine, kind, key, flat, apart, reference)) is not None:
+            return first
         if apart is not None:
             return await entering_parts.enter(engine, kind, key, flat, apart, order, reference, extra, settled)
         done = await entering.enter(engine, partition, kind, key, flat, order, reference, extra, settled)

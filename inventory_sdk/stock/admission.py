@@ -40,6 +40,8 @@ REMEMBERED_FOR: Final = 2.0
 MOST_REMEMBERED: Final = 10_000
 AT_ONCE: Final = 6
 """Direct acts under way in one event loop; a pool of SQLAlchemy has 15 connections unless it was told otherwise."""
+ELSEWHERE_BEFORE: Final = "0-0"
+"""The position of what was done before its partition changed (``inventory-sdk repartition``): it is remembered, and was not done here."""
 SOON: Final = 0.1
 """Seconds after which stock that changes hands may be asked for again."""
 
@@ -89,7 +91,7 @@ class Direct:
         """Whether the ledger is to be asked first."""
         if operation[0] == "credit":
             return False  # it is what the ledger owes to Redis
-        if operation[8].startswith("0-") and operation[0] in ("undo", "keep"):
+        if operation[8].startswith("0-") and operation[8] != ELSEWHERE_BEFORE and operation[0] in ("undo", "keep"):
             return True  # it was taken there
         fields = fields_of(operation)
         if self.auto and not fields:

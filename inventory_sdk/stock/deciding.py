@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from inventory_sdk.errors import InventoryError
-from inventory_sdk.model import Kind, Position, fingerprint, split_key
+from inventory_sdk.model import Kind, Position, fingerprint
 from inventory_sdk.stock import reading
 from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, REPLAY, TOO_LATE
 from inventory_sdk.stock.parts import HOLD_ON, WRITE_OFF, Instance, call_of, part_key, plain
@@ -90,7 +90,7 @@ async def decision(engine: Engine, key: str, *, patient: bool = True) -> tuple[D
     ``patient``: waits until the ledger has applied all that the reading includes, so what is followed can't be lost behind us,
     and what is absent is absent. Else Redis alone is asked.
     """
-    home = engine.home(split_key(key)[0])
+    home = engine.home(key)
     found = await reading.read(engine, home, operations=[key], reservations=[key])
     if patient and not await _applied(engine, home, found):
         return None, False
@@ -174,7 +174,7 @@ async def resolve(engine: Engine, partition: Partition, key: str, journaled: str
 
 async def keep(engine: Engine, call: str, instance: Instance) -> bool:
     """From now on the call can't be undone; False if it was."""
-    home = engine.home(split_key(call)[0])
+    home = engine.home(call)
     found = (await reading.read(engine, home, operations=[call])).results[0]
     if found is None:
         return False
@@ -189,7 +189,7 @@ async def keep(engine: Engine, call: str, instance: Instance) -> bool:
 async def give_up(engine: Engine, call: str, parts: Sequence[Part]) -> list[Instance]:
     """Tombstones at home for these preparations, then undo them; those that a decision was quicker to name are answered and
     stand."""
-    home = engine.home(split_key(call)[0])
+    home = engine.home(call)
     left, named = list(parts), list[Instance]()
     while left:
         marks = [[part.instance.partition, part.instance.mark] for part in left]

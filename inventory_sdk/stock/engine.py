@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from inventory_sdk import context
 from inventory_sdk.errors import InvalidOperation, Overloaded
 from inventory_sdk.ledger.protocol import Ledger, WritesStock
 from inventory_sdk.metrics.events import Happened, Metrics
-from inventory_sdk.model import JournalOperation, partition_of, split_key
+from inventory_sdk.model import JournalOperation, Layout, split_key
 from inventory_sdk.stock.admission import Direct, fields_of, leaving
 from inventory_sdk.stock.batch import AWAY, NOT_FOUND, NOT_LOADED, PIN, TOO_LATE, Answer, Batcher, Publish, read_entries
 from inventory_sdk.stock.deciding import resolve
@@ -49,6 +50,7 @@ class StockSettings:
 
     namespace: str = "inventory"
     partitions: int = 1
+    partition_by: str = "merchant"
     redis_timeout: float = 2.0
     journal_cap: int = 1_000_000
     results_window: float = 86_400.0
@@ -77,10 +79,13 @@ class Engine:
         self.writes_stock = writes_stock
         self.ledger = ledger
         self.settings = settings
+        self.layout = Layout(settings.partitions, settings.partition_by)
+        self.relaid = 0
+        """When partitions were told apart in another way before (Unix milliseconds), 0: never. Calls of that time were spread otherwise."""
         self.metrics = metrics
         self.publish = publish
         self.wire = scripts_on(client, settings.redis_timeout, metrics)
-        self.partitions = tuple(Partition(number, settings.namespace, self.wire) for number in range(settings.partitions))
+        self.partitions = tuple(Partition(number, settings.namespace, self.wire, str(self.layout)) for number in range(settings.partitions))
         self._batchers: dict[tuple[int, str], Batcher] = {}
         self._shares = {lane: asyncio.Semaphore(most) for lane, most in settings.connections.items()}
         self._on_refused = on_refused
@@ -112,9 +117,18 @@ class Engine:
         for batcher in self._batchers.values():
             batcher.answered = answered
 
-    def home(self, merchant: str) -> Partition:
-        """The partition of a merchant."""
-        return self.partitions[partition_of(merchant, len(self.partitions))]
+    def home(self, key: str) -> Partition:
+        """The partition that decides on an operation or a reservation."""
+        return self.partitions[self.layout.home(key)]
+
+    def place(self, field: str) -> Partition:
+        """The partition of a stock field."""
+        return self.partitions[self.layout.of(field)]
+
+    @property
+    def relaid_lately(self) -> bool:
+        """Whether calls of the layout before are still remembered in Redis."""
+        return bool(self.relaid) and time.time() * 1000 - self.relaid < self.settings.results_window * 1000
 
     def batcher(self, partition: Partition, lane: str) -> Batcher:
         """The lane's batcher, made when first used."""

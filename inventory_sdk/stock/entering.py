@@ -20,7 +20,9 @@ from inventory_sdk.stock.answers import refused
 from inventory_sdk.stock.batch import DONE, DONE_LINES, GIVE_UP, OVER, REPLAY
 from inventory_sdk.stock.engine import Engine
 from inventory_sdk.stock.partition import Partition
+from inventory_sdk.stock.parts import call_of, sale_in
 from inventory_sdk.stock.records import read_result
+from inventory_sdk.stock.spanning import bring_up
 from inventory_sdk.stock.upkeep import credit_operation
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
@@ -57,7 +59,7 @@ async def enter(
         fingerprint=fingerprint(kind, reference, ["+", *flat]),
         lines=tuple(flat),
         order=order,
-        reference=reference,
+        reference=sale_in(reference, partition.number, engine.layout),
         reason=str(extra.get("reason", "")),
         extra=json.dumps(extra, separators=(",", ":")) if extra else "",
     )
@@ -92,10 +94,11 @@ async def _entered(engine: Engine, partition: Partition, entering: Entering, set
             except EpochClosed:
                 partition.forget()
             except InvalidOperation as error:
-                # The sale it gives back may be journaled and not applied yet.
+                # The sale it gives back may be journaled and not applied yet, or its parts may not have followed.
                 if not entering.reference or waited or error.field not in ("of", "lines"):
                     raise
                 waited = True
+                await bring_up(engine, call_of(entering.reference) or entering.reference)
                 await settled(await journaled(partition))
         raise StockFrozen(f"partition {partition.number} is being recovered", retry_after=0.5)
 
@@ -210,6 +213,9 @@ async def open_balances(engine: Engine, partition: Partition, fields: Sequence[s
             if balance.sku not in asked:
                 raise InvalidOperation("sku", balance.sku, "reads_stock answered a SKU that was not asked for")
             field = key_of(merchant, balance.sku)
+            if balance.reservations and engine.layout.apart:
+                why = f"can't be handed over with partition_by='sku' (sku {balance.sku!r}): its homes are other partitions"
+                raise InvalidOperation("reservations", [name for name, _ in balance.reservations], why)
             held = tuple((field, name, quantity) for name, quantity in balance.reservations)
             operations.append(
                 Entering(

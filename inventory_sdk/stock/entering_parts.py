@@ -12,14 +12,29 @@ from inventory_sdk.errors import InvalidOperation, InventoryError, OperationConf
 from inventory_sdk.ledger.protocol import Entered, Entering, EpochClosed
 from inventory_sdk.model import Position, Receipt, fingerprint, split_key
 from inventory_sdk.stock import reading
+from inventory_sdk.stock.claims import claim
 from inventory_sdk.stock.entering import ENTERED, Committing, Done, credited, journaled
-from inventory_sdk.stock.parts import Spread, part_key
+from inventory_sdk.stock.parts import Spread, merged, part_key, sale_in
 from inventory_sdk.stock.records import read_result
-from inventory_sdk.stock.spanning import receipt_of
+from inventory_sdk.stock.spanning import bring_up, receipt_of
 
 if TYPE_CHECKING:
     from inventory_sdk.stock.engine import Engine
     from inventory_sdk.stock.partition import Partition
+
+
+async def before(engine: Engine, kind: str, key: str, flat: list[Any], apart: Spread | None, reference: str) -> Receipt | None:
+    """The first receipt of what entered when stock was told apart in another way. Its parts have other names than they would have now,
+    so they would not be met. ``OperationConflict``."""
+    row = await engine.ledger.operation(key)
+    now = {number: lines[::2] for number, lines in apart.parts.items()} if apart is not None else {}
+    if row is None or {part[0]: list(part[2][::2]) for part in row.parts} == now:
+        return None
+    merchant, name = split_key(key)
+    if row.fingerprint != fingerprint(kind, reference, ["+", *flat]):
+        raise OperationConflict(name)
+    lines, left = merged(row.lines, row.remaining, row.parts)
+    return receipt_of(name, str(kind), merchant, row.order, lines, left, (row.position,), "database", True)
 
 
 async def enter(
@@ -39,7 +54,7 @@ async def enter(
     ``OutcomeUnknown`` when the commit stands but a credit could not be made now: the worker will.
     """
     merchant, name = split_key(key)
-    home = engine.home(merchant)
+    home = engine.home(key)
     record = (await reading.read(engine, home, operations=[key])).results[0]
     if record is not None and read_result(record).fingerprint != ENTERED:
         raise OperationConflict(name)
@@ -51,13 +66,23 @@ async def enter(
         return Entering(str(kind), there, mark, tuple(lines), order, of, str(extra.get("reason", "")), text)
 
     reason = {"reason": extra["reason"]} if "reason" in extra else {}
-    operations = {home.number: entering(key, reference, apart.own, {**extra, "parts": listed})}
+    # A home without lines of its own gives nothing back there: it names the sale as such.
+    of = sale_in(reference, home.number, engine.layout) if apart.own else reference
+    operations = {home.number: entering(key, of, apart.own, {**extra, "parts": listed})}
     for number, lines in apart.parts.items():
-        operations[number] = entering(part_key(key, number), part_key(reference, number) if reference else "", lines, reason)
+        operations[number] = entering(part_key(key, number), sale_in(reference, number, engine.layout), lines, reason)
     for number, operation in operations.items():
         if operation.lines:
             await engine.loader.opened(engine.partitions[number], operation.lines[::2])
-    entered = await _commit(engine, operations, settled)
+    entered = await _commit(engine, operations, reference, settled)
+    try:
+        if engine.layout.apart and not apart.own:
+            # No credit of its own takes the id there.
+            await claim(engine, key, ENTERED)
+    except OperationConflict:
+        pass  # a take had the same id at the same time: the ledger, which has ours, finds and voids it
+    except InventoryError as error:
+        raise OutcomeUnknown(name, f"it is in the ledger, its credits are pending: {error}") from error
     done = await asyncio.gather(
         *[_credit(engine, engine.partitions[number], entered[number], operations[number].lines) for number in operations],
         return_exceptions=True,
@@ -74,7 +99,9 @@ async def enter(
     return receipt_of(name, str(kind), merchant, order, flat, remaining, positions, "database", entered[home.number].replayed)
 
 
-async def _commit(engine: Engine, operations: dict[int, Entering], settled: Callable[[Position], Awaitable[None]]) -> dict[int, Entered]:
+async def _commit(
+    engine: Engine, operations: dict[int, Entering], reference: str, settled: Callable[[Position], Awaitable[None]]
+) -> dict[int, Entered]:
     waited = False
     with Committing(engine, next(iter(operations.values())).key) as committing:
         for _ in range(5):
@@ -90,11 +117,11 @@ async def _commit(engine: Engine, operations: dict[int, Entering], settled: Call
                 for number in operations:
                     engine.partitions[number].forget()
             except InvalidOperation as error:
-                # The sale that it gives back may be journaled and not applied yet.
-                returns = any(operation.reference for operation in operations.values())
-                if not returns or waited or error.field not in ("of", "lines"):
+                # The sale that it gives back may be journaled and not applied yet, or its parts may not have followed.
+                if not reference or waited or error.field not in ("of", "lines"):
                     raise
                 waited = True
+                await bring_up(engine, reference)
                 for number in operations:
                     await settled(await journaled(engine.partitions[number]))
         raise StockFrozen("a partition of this call is being recovered", retry_after=0.5)

@@ -31,7 +31,8 @@ class Hello:
     """What Redis says of a partition. ``epoch`` is None where there is no meta: a first start, or an emptied Redis.
     ``oldest``: the sequence of this epoch's first entry that is still kept. ``applied``: what the ledger had applied when the
     worker last kept house. ``why``, ``seen``: of a suspect partition. ``frozen_at``: when it stopped selling (ms). ``older``: how
-    far older results are restored, "" where all are."""
+    far older results are restored, "" where all are. ``layout``: how its stock was told apart when it was opened, "" in what older
+    releases have opened."""
 
     now_ms: int
     epoch: int | None
@@ -45,13 +46,15 @@ class Hello:
     seen: int = 0
     frozen_at: int = 0
     older: str = ""
+    layout: str = ""
 
 
 class Partition:
     """The view of one partition from one event loop."""
 
-    def __init__(self, number: int, namespace: str, wire: Scripts) -> None:
+    def __init__(self, number: int, namespace: str, wire: Scripts, layout: str = "") -> None:
         self.number = number
+        self.layout = layout
         self.wire = wire
         self.tag = f"{{{namespace}:{number}}}"
         self.keys: tuple[str, ...] = tuple(f"{self.tag}:{name}" for name in KEY_NAMES)
@@ -92,7 +95,7 @@ class Partition:
         counted, before = self._counted, self.sequence
         # All keys, though two are read: in a cluster it answers only while all of the partition is in one place.
         answer = await self.wire.run("hello", [self.keys[0], self.keys[9], *self.keys[1:9]], [])
-        now, epoch, sequence, state, opened_on, run_id, oldest, entries, applied, why, seen, frozen_at, older = answer
+        now, epoch, sequence, state, opened_on, run_id, oldest, entries, applied, why, seen, frozen_at, older, layout = answer
         self.heard(int(now))
         in_epoch = epoch.decode()
         if in_epoch != self._counted:
@@ -119,7 +122,15 @@ class Partition:
             seen=int(seen),
             frozen_at=int(frozen_at),
             older=older.decode(),
+            layout=layout.decode(),
         )
+
+    def same_layout(self, hello: Hello) -> None:
+        """``StockFrozen`` for good where the stock is told apart in another way by now than in this process."""
+        if self.layout and hello.layout and hello.layout != self.layout:
+            self.epoch = ""
+            why = f"partitions of this stock are {hello.layout} now, this process was started with {self.layout}: start it anew"
+            raise StockFrozen(why, retry_after=60.0)
 
     async def known(self) -> None:
         """Make sure that epoch and time are known; ``StockFrozen`` while the partition is not open."""
@@ -135,6 +146,7 @@ class Partition:
                 raise self.frozen("suspect")
         except ReplyLost as error:
             raise NotExecuted(str(error)) from error
+        self.same_layout(hello)
         if hello.epoch is None or hello.state != "open" or not hello.run_id_kept:
             self.epoch = ""
             raise self.frozen(hello.state or "empty")

@@ -1,8 +1,8 @@
 """Names and lines of a call over several partitions: who is home, what the parts are called, how foreign lines are written.
 
-The *home* of a call is its merchant's partition, so whoever knows the id finds it. What the call does in another partition is a
-*part*: an operation of its own under a key derived from the call's. Where home keeps a line of another partition, its field reads
-``\\x1d<partition>\\x1d<field>``: no user can send that.
+The *home* of a call depends on its merchant and id alone (``model.Layout``), so whoever knows the id finds it. What the call does
+in another partition is a *part*: an operation of its own under a key derived from the call's. Where home keeps a line of another
+partition, its field reads ``\\x1d<partition>\\x1d<field>``: no user can send that.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from inventory_sdk.model import JournalOperation, Kind, Position, partition_of, split_key
+from inventory_sdk.model import PART, JournalOperation, Kind, Layout, Position
 
 ELSEWHERE: Final = "\x1d"
-_PART: Final = "\x1fpart\x1f"
 
 HOLD_ON, SELL, WRITE_OFF = 0, 1, 2
 """What a commit means for a part; kept with it, so that whoever finds it overdue needs no other knowledge."""
@@ -45,28 +44,29 @@ class Spread:
 
 def part_key(key: str, partition: int) -> str:
     """The key of the part that the call ``key`` has in ``partition``."""
-    return f"{key}{_PART}{partition}"
+    return f"{key}{PART}{partition}"
+
+
+def sale_in(of: str, partition: int, layout: Layout) -> str:
+    """Under which key the call ``of`` has sold in a partition; "" where it names nothing."""
+    return of if not of or layout.home(of) == partition else part_key(of, partition)
 
 
 def call_of(key: str) -> str | None:
     """The key of the call that the part ``key`` belongs to; None for what is no part."""
-    call, found, _ = key.rpartition(_PART)
+    call, found, _ = key.rpartition(PART)
     return call if found else None
 
 
-def spread(flat: Sequence[Any], home: int, partitions: int) -> Spread | None:
+def spread(flat: Sequence[Any], home: int, layout: Layout) -> Spread | None:
     """Where the lines of a call stand; None when all are at home."""
-    if partitions == 1:
+    if layout.partitions == 1:
         return None
     lines: list[Any] = []
     own: list[Any] = []
     parts: dict[int, list[Any]] = {}
-    merchants: dict[str, int] = {}
     for field, quantity in zip(flat[::2], flat[1::2], strict=True):
-        merchant = split_key(field)[0]
-        there = merchants.get(merchant)
-        if there is None:
-            there = merchants[merchant] = partition_of(merchant, partitions)
+        there = layout.of(field)
         if there == home:
             own += (field, quantity)
             lines += (field, quantity)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redis.exceptions import RedisClusterException, RedisError
 
 from inventory_sdk.errors import InvalidOperation, InventoryError, QuantityMismatch, StockFrozen, UnknownStock
-from inventory_sdk.model import Kind, Position, Reservation, StockLevel, fingerprint, key_of, split_key
+from inventory_sdk.model import SEPARATOR, Kind, Position, Reservation, StockLevel, fingerprint, key_of, split_key
 from inventory_sdk.stock import handover
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import read_reservation, read_result, write_reservation
@@ -84,10 +84,18 @@ async def read(
     )
 
 
-async def levels(engine: Engine, partition: Partition, merchant: str, skus: Sequence[str]) -> dict[str, StockLevel]:
-    """Levels of several SKUs, loaded first where Redis does not have them; of those that the ledger sells, from there."""
-    if not skus:
-        return {}
+async def levels(engine: Engine, merchant: str, skus: Sequence[str]) -> dict[str, StockLevel]:
+    """Levels of several SKUs, loaded first where Redis does not have them; of those that the ledger sells, from there. One reading of
+    each partition."""
+    there: dict[int, list[str]] = {}
+    for sku in skus:
+        there.setdefault(engine.layout.of(key_of(merchant, sku)), []).append(sku)
+    readings = await asyncio.gather(*[_levels(engine, engine.partitions[number], merchant, mine) for number, mine in there.items()])
+    found = {sku: level for each in readings for sku, level in each.items()}
+    return {sku: found[sku] for sku in skus}
+
+
+async def _levels(engine: Engine, partition: Partition, merchant: str, skus: Sequence[str]) -> dict[str, StockLevel]:
     fields = [key_of(merchant, sku) for sku in skus]
     if engine.direct.busy and engine.direct.expects_any(fields, merchant) and (ours := await _direct_levels(engine, fields, merchant)):
         return ours
@@ -121,7 +129,8 @@ async def _both(engine: Engine, partition: Partition, merchant: str, fields: Seq
     for where in ("database", "redis"):
         mine = [field for field in fields if (places.get(field, "redis") == "database") is (where == "database")]
         engine.direct.note(mine, None, where == "database")
-        answer |= await levels(engine, partition, merchant, [split_key(field)[1] for field in mine])
+        if mine:
+            answer |= await _levels(engine, partition, merchant, [split_key(field)[1] for field in mine])
     return answer
 
 
@@ -136,8 +145,9 @@ async def _direct_levels(engine: Engine, fields: Sequence[str], merchant: str) -
     return found
 
 
-async def reservation(engine: Engine, partition: Partition, key: str) -> Reservation | None:
+async def reservation(engine: Engine, key: str) -> Reservation | None:
     """A hold as Redis has it; as the ledger has it where that runs it, or Redis has forgotten it."""
+    partition = engine.home(key)
     direct = engine.direct
     if direct.busy and direct.expects_any((), split_key(key)[0]):
         row = await engine.ledger.reservation(key)
@@ -151,16 +161,19 @@ async def reservation(engine: Engine, partition: Partition, key: str) -> Reserva
 
 
 async def status(
-    engine: Engine, partition: Partition, key: str
+    engine: Engine, key: str, at: str = ""
 ) -> tuple[str, Position, str | None, Sequence[Any], Sequence[int], Sequence[Any]] | None:
     """(kind, position, order, flat lines, remaining, parts in other partitions) of an operation, wherever it is still known; a
-    write-off's quantities are negative."""
+    write-off's quantities are negative. ``at``: the reservation that it closes, where its id is only claimed at home."""
+    partition = engine.home(at or key)
     direct = engine.direct.busy and engine.direct.expects_any((), split_key(key)[0])
     record = None if direct else (await read(engine, partition, operations=[key])).results[0]
     if record is not None:
         result = read_result(record)
-        found = await engine.journaled(partition, key, result.epoch, result.sequence)
-        if found is not None and found.kind != "credit":
+        if SEPARATOR in result.order and not at:
+            return await status(engine, key, result.order)  # a claim: what it closes says where it was done
+        found = await engine.journaled(partition, key, result.epoch, result.sequence) if result.epoch else None
+        if found is not None and found.kind != Kind.CREDIT:
             position = Position(partition.number, result.epoch, result.sequence)
             parts = json.loads(found.extra).get("parts", ()) if '"parts":' in found.extra else ()
             flat = found.lines if parts else _signed(found.kind, found.fingerprint, found.lines)

@@ -67,9 +67,12 @@ def write_result(row: OperationRow) -> str:
 
 
 def write_memory(row: OperationRow) -> tuple[str, str]:
-    """Under which key an applied operation is remembered, and how. A tombstone is remembered as the closed reservation that it is."""
+    """Under which key an applied operation is remembered, and how. A tombstone is remembered as the closed reservation that it is,
+    a claim under the id that it took."""
     if row.kind == Kind.TOMBSTONE:
         return f"{row.reference}\x1f", tombstone(f"{row.position.epoch}-{row.position.sequence}")
+    if row.kind == Kind.CLAIM:
+        return row.reference, write_result(row)
     return row.key, write_result(row)
 
 

@@ -67,6 +67,8 @@ def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
         # With a tombstone where the reserve is unknown: it may come even later.
         mark = mark or fingerprint(Kind.RELEASE, reference, ())
         return [Kind.RELEASE.value, key, mark, list(lines), order, reference, 0, extra, "", "t"]
+    if kind == Kind.CLAIM:
+        return [kind, key, mark, [], "", reference, 0, "", "", ""]
     if kind == Kind.UNDO:
         said = json.loads(extra)
         undo = [kind, key, mark, list(lines), "", reference, 0, extra, said["position"], said["of"]]

@@ -128,6 +128,20 @@ async def follow(engine: Engine, key: str) -> None:
         log.warning("the parts of %r did not follow now: %r", split_key(key)[1], fault)
 
 
+async def bring_up(engine: Engine, call: str) -> None:
+    """Somebody gives back what this call has sold: from now on it can't be undone, and its parts follow, now if possible."""
+    try:
+        decided, certain = await deciding.decision(engine, call, patient=False)
+        if decided is None or not certain or not decided.instances:
+            return
+        if not decided.kept and decided.lines is None and not await deciding.keep(engine, call, decided.instances[0]):
+            return
+    except Exception as fault:  # noqa: BLE001 - see above
+        engine.metrics.record(Retried("follow", type(fault).__name__))
+        return
+    await follow(engine, call)
+
+
 async def _keep(engine: Engine, key: str, position: Position) -> bool:
     mark = f"{position.epoch}-{position.sequence}"
     operation: list[Any] = ["keep", f"{key}\x1fkeep", "", [], "", key, 0, "", mark, ""]
@@ -204,6 +218,8 @@ class _Work:
     async def _attempt(self) -> _Decided | None:
         """One try; None: a part of it had been given up, so it begins anew."""
         self.prepared = []
+        if self.engine.relaid_lately and (first := await self._before()) is not None:
+            return first  # it may have had other parts, which no preparation would meet
         parts = list(self.taking.spread.parts.items())
         answers = await asyncio.gather(*[self._prepare(number, flat) for number, flat in parts], return_exceptions=True)
         failed: list[tuple[int, list[Any] | BaseException]] = []
@@ -302,7 +318,7 @@ class _Work:
                 found.append(Shortage(*split_key(name), int(asked), int(there)))
         own = self.taking.spread.own
         if own:
-            home = self.engine.home(split_key(self.taking.key)[0])
+            home = self.engine.home(self.taking.key)
             levels = await reading.read(self.engine, home, own[::2])
             for name, asked, available in zip(own[::2], own[1::2], levels.available, strict=True):
                 if available is not None and available < asked:
@@ -313,7 +329,7 @@ class _Work:
 
     async def _decide(self) -> _Decided | None:
         taking, engine = self.taking, self.engine
-        home = engine.home(split_key(taking.key)[0])
+        home = engine.home(taking.key)
         there: dict[str, int] = {}
         listed = []
         for each in self.prepared:
@@ -383,7 +399,7 @@ class _Work:
             await self._give_up(named)
         if len(remaining) != len(taking.flat) // 2:
             remaining = [0] * (len(taking.flat) // 2)
-        home = Position(engine.home(split_key(taking.key)[0]).number, record.epoch, record.sequence)
+        home = Position(engine.home(taking.key).number, record.epoch, record.sequence)
         positions = (home, *(each.position for each in named))
         if taking.level != "redis":
             first = await self.reach(engine, home, taking.level, taking.key, None)
@@ -394,7 +410,7 @@ class _Work:
     async def _before(self) -> _Decided | None:
         """The decision of an earlier call under this id, if Redis knows one; what it became of is raised."""
         taking, engine = self.taking, self.engine
-        home = engine.home(split_key(taking.key)[0])
+        home = engine.home(taking.key)
         mark = fingerprint(taking.kind, "", taking.flat)
         found = await reading.read(engine, home, operations=[taking.key], reservations=[taking.key])
         record, hold = found.results[0], found.reservations[0]
@@ -409,7 +425,8 @@ class _Work:
             raise closed(self._name, state)
         if record is None:
             return await self._repeated()
-        return await self._replayed([REPLAY, record])
+        unsure = taking.kind == Kind.RESERVE and not state  # after a rebuild only the ledger knows how it ended
+        return await self._replayed([ASK_LEDGER if unsure else REPLAY, record])
 
     async def _repeated(self) -> _Decided:
         """The ledger has this call from before Redis' memory: its first receipt."""

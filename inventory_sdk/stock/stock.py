@@ -12,6 +12,7 @@ from inventory_sdk.stock import handover, reading
 from inventory_sdk.stock.acts import Acts, ttl_ms
 from inventory_sdk.stock.answers import public_kind, receipt
 from inventory_sdk.stock.engine import Engine
+from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.parts import Instance, merged
 from inventory_sdk.stock.spanning import receipt_of
 
@@ -174,26 +175,26 @@ class Stock(Acts):
         return (await self.levels([sku], merchant=merchant))[sku]
 
     async def levels(self, skus: Sequence[str], *, merchant: str | None = None) -> dict[str, StockLevel]:
-        """Levels of several SKUs of one merchant, one consistent reading."""
+        """Levels of several SKUs of one merchant, one consistent reading (of each partition, with ``partition_by="sku"``)."""
         home = self._merchant(merchant)
         for sku in skus:
             check_text("sku", sku)
         engine = self._engine()
-        return await reading.levels(engine, engine.home(home), home, skus)
+        return await reading.levels(engine, home, skus)
 
     async def reservation(self, reservation: str, *, merchant: str | None = None) -> Reservation | None:
         """A hold and what became of it; older closed ones are asked of the ledger."""
         check_text("reservation", reservation)
         home = self._merchant(merchant)
         engine = self._engine()
-        return await reading.reservation(engine, engine.home(home), key_of(home, reservation))
+        return await reading.reservation(engine, key_of(home, reservation))
 
     async def status(self, operation_id: str, *, merchant: str | None = None) -> Receipt | None:
         """The first receipt of an operation, from Redis, the journal or the ledger; None if it is not known to have moved anything."""
         check_text("operation_id", operation_id)
         home = self._merchant(merchant)
         engine = self._engine()
-        found = await reading.status(engine, engine.home(home), key_of(home, operation_id))
+        found = await reading.status(engine, key_of(home, operation_id))
         if found is None:
             return None
         kind, position, order, flat, remaining, parts = found
@@ -219,7 +220,8 @@ class Stock(Acts):
         home = check_text("merchant", merchant)
         engine = self._engine()
         fields = _fields(home, skus)
-        return await self._handed(engine, handover.adopt(engine, engine.home(home), home, fields), f"adopt {home}")
+        partition = _handing(engine, home)
+        return await self._handed(engine, handover.adopt(engine, partition, home, fields), f"adopt {home}")
 
     async def withdraw(self, merchant: str, *, skus: Sequence[str] | None = None) -> int:
         """From now on the database sells this merchant's stock, under row locks; how many SKUs went there (0: it did already).
@@ -234,11 +236,12 @@ class Stock(Acts):
         home = check_text("merchant", merchant)
         fields = _fields(home, skus)
         engine = self._engine()
+        partition = _handing(engine, home)
 
         async def settled(position: Position) -> None:
             await self._reach(engine, position, "settled", "", None)
 
-        return await self._handed(engine, handover.withdraw(engine, engine.home(home), home, settled, fields), f"withdraw {home}")
+        return await self._handed(engine, handover.withdraw(engine, partition, home, settled, fields), f"withdraw {home}")
 
     async def _handed(self, engine: Engine, work: Coroutine[Any, Any, int], name: str) -> int:
         # A caller who goes away half-way must not leave a merchant that nobody sells.
@@ -253,12 +256,19 @@ class Stock(Acts):
         check_text("sku", sku)
         home = self._merchant(merchant)
         engine = self._engine()
-        partition = engine.home(home)
+        field = key_of(home, sku)
 
         async def settled(position: Position) -> None:
             await self._reach(engine, position, "settled", "", None)
 
-        await reading.reopen(engine, partition, key_of(home, sku), settled)
+        await reading.reopen(engine, engine.place(field), field, settled)
+
+
+def _handing(engine: Engine, merchant: str) -> Partition:
+    if engine.layout.apart:
+        why = "with partition_by='sku' stock is admitted in Redis: a handover moves one partition, and a merchant has several"
+        raise InvalidOperation("merchant", merchant, why)
+    return engine.place(key_of(merchant, ""))
 
 
 def _fields(merchant: str, skus: Sequence[str] | None) -> list[str] | None:

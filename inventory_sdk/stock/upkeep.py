@@ -90,8 +90,10 @@ class Upkeep:
         self._journal_most = str(journal_most)
 
     async def journal_state(self, partition: int) -> JournalState:
-        """Ask Redis now."""
-        hello = await self._partition(partition).hello()
+        """Ask Redis now. ``StockFrozen`` where stock is told apart in another way by now than in this process."""
+        view = self._partition(partition)
+        hello = await view.hello()
+        view.same_layout(hello)
         state = hello.state or "missing"
         epoch = hello.epoch or 0
         return JournalState(
@@ -285,7 +287,7 @@ class Upkeep:
                 flat += (row.key, write_reservation(row), due)
             await chunks.write("reservations", flat)
         await rebuilding.open()
-        await chunks.write("open", [f"{recent},0,0"])
+        await chunks.write("open", [f"{recent},0,0", view.layout])
         view.forget()
 
     async def restore_older(self, partition: int, epoch: int, ledger: Ledger) -> bool:

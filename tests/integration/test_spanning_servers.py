@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -22,14 +23,16 @@ UNITS = 200
 pytestmark = [pytest.mark.redis, pytest.mark.amqp, pytest.mark.postgresql]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-async def test_carts_over_several_shops_end_in_one_truth(swept: str, redis_url: str, amqp_url: str, postgresql_url: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "partition_by"), [(1, "merchant"), (2, "sku")])
+async def test_carts_over_several_shops_end_in_one_truth(
+    swept: str, redis_url: str, amqp_url: str, postgresql_url: str, seed: int, partition_by: Any
+) -> None:
     chance = random.Random(seed)
 
     def process() -> Inventory:
         return Inventory(
             redis_url, queue=amqp_url, database=postgresql_url, merchant=HOME, namespace=swept, table_prefix=f"{swept}_",
-            partitions=PARTITIONS, metrics=[NoMetrics()],
+            partitions=PARTITIONS, partition_by=partition_by, metrics=[NoMetrics()],
         )  # fmt: skip
 
     inventories = [process(), process()]

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -30,6 +30,8 @@ from inventory_sdk.errors import (
     UnknownStock,
 )
 from inventory_sdk.metrics import NoMetrics
+from inventory_sdk.model import Layout
+from inventory_sdk.stock import deciding
 
 T = TypeVar("T")
 
@@ -106,10 +108,12 @@ class Shop:
 
 
 class PublicApi(RuleBasedStateMachine):
+    layout: ClassVar[dict[str, Any]] = {}
+
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.inventory = Inventory("memory://", metrics=[NoMetrics()])
+        self.inventory = Inventory("memory://", metrics=[NoMetrics()], **self.layout)
         self.shops = {merchant: Shop() for merchant in MERCHANTS}
         self.number = 0
 
@@ -189,7 +193,7 @@ class PublicApi(RuleBasedStateMachine):
     def moves(self, shop: Shop, total: Counter[str], work: Coroutine[Any, Any, Receipt]) -> Receipt | None:
         """Runs a take; None where the model says that it can't be covered, and it wasn't."""
         if any(sku not in shop.known for sku in total):
-            with pytest.raises(UnknownStock):
+            with pytest.raises(self.unknown(shop, total)):
                 self.run(work)
             return None
         if not shop.covers(total):
@@ -233,7 +237,7 @@ class PublicApi(RuleBasedStateMachine):
 
         answers = self.run(crowd())
         if any(sku not in shop.known for sku in total):
-            assert {type(answer) for answer in answers} == {UnknownStock}
+            assert {type(answer) for answer in answers} <= set(self.unknown(shop, total))
         elif not shop.covers(total):
             assert {type(answer) for answer in answers} == {InsufficientStock}
         else:
@@ -275,8 +279,14 @@ class PublicApi(RuleBasedStateMachine):
     async def _quiet(self, merchant: str) -> None:
         """All that was sent has been answered, and the undos it asked for are done."""
         engine = self.inventory._running().engine
-        with pytest.raises(ReservationNotFound):
-            await self.stock.extend("nobody", ttl=1, merchant=merchant)
+        for partition in engine.partitions:
+            with pytest.raises(ReservationNotFound):
+                await self.stock.extend(engine.layout.id_at(merchant, "nobody", partition.number), ttl=1, merchant=merchant)
+        await self._followed()
+
+    async def _followed(self) -> None:
+        """What goes on behind the callers has ended: undos, and parts in other partitions."""
+        engine = self.inventory._running().engine
         while engine._background:
             await asyncio.wait(set(engine._background))
 
@@ -362,14 +372,27 @@ class PublicApi(RuleBasedStateMachine):
         async def run_out() -> None:
             await self.stock.extend(name, ttl=0.001, merchant=merchant)
             upkeep = self.inventory._running().engine.upkeep
+            home = self.inventory._running().engine.layout.home(f"{merchant}\x1f{name}")
             while (await self.stock.reservation(name, merchant=merchant)).state == "held":
-                await upkeep.expire(0, await upkeep.due_expiries(0, 100))
+                await upkeep.expire(home, await upkeep.due_expiries(home, 100))
+            await self.parts_follow(merchant, name)
 
         self.run(run_out())
         total = Counter(hold.open)
         hold.close(total, hold.expired, "expired")
         shop.reserved.subtract(total)
         shop.available.update(total)
+
+    async def parts_follow(self, merchant: str, name: str) -> None:
+        """A hold has expired at home; of one partition that is all."""
+
+    def spans(self, merchant: str, name: str) -> bool:
+        """Whether the call has stock in other partitions than its home."""
+        return False
+
+    def unknown(self, shop: Shop, total: Counter[str]) -> tuple[type[Exception], ...]:
+        """What says that a take has stock that nobody knows."""
+        return (UnknownStock,)
 
     @precondition(lambda self: any(hold.state == "expired" for shop in self.shops.values() for hold in shop.holds.values()))
     @rule(data=st.data())
@@ -378,7 +401,12 @@ class PublicApi(RuleBasedStateMachine):
         merchant, name = data.draw(st.sampled_from(gone))
         shop = self.shops[merchant]
         hold = shop.holds[name]
+        elsewhere = self.spans(merchant, name)
         work = self.stock.confirm(name, merchant=merchant, operation_id=self.new_id(), reacquire=True)
+        if elsewhere:
+            with pytest.raises(ReservationExpired):
+                self.run(work)
+            return
         if not shop.covers(hold.expired):
             with pytest.raises(InsufficientStock):
                 self.run(work)
@@ -417,6 +445,7 @@ class PublicApi(RuleBasedStateMachine):
         self.run(self._agree())
 
     async def _agree(self) -> None:
+        await self._followed()
         await self.inventory.settled()
         assert await self.inventory.ledger.verify() == []
         for merchant, shop in self.shops.items():
@@ -430,6 +459,7 @@ class PublicApi(RuleBasedStateMachine):
     @invariant()
     def redis_says_what_the_model_says(self) -> None:
         async def look() -> None:
+            await self._followed()
             for merchant, shop in self.shops.items():
                 found = await self.stock.levels(sorted(shop.known), merchant=merchant)
                 for sku, level in found.items():
@@ -445,8 +475,41 @@ class PublicApi(RuleBasedStateMachine):
                 assert parts_of_it == shop.supplied[sku]
 
 
-TestPublicApi = PublicApi.TestCase
-TestPublicApi.settings = settings(
+class PublicApiBySku(PublicApi):
+    """The same where each SKU has a partition of its own, and each id its home."""
+
+    layout: ClassVar[dict[str, Any]] = {"partitions": 4, "partition_by": "sku"}
+
+    def spans(self, merchant: str, name: str) -> bool:
+        layout = Layout(4, "sku")
+        home = layout.home(f"{merchant}\x1f{name}")
+        return any(layout.of(f"{merchant}\x1f{sku}") != home for sku in self.shops[merchant].holds[name].lines)
+
+    def unknown(self, shop: Shop, total: Counter[str]) -> tuple[type[Exception], ...]:
+        # Each partition says what is wrong with its own lines.
+        short = any(shop.available[sku] < quantity for sku, quantity in total.items() if sku in shop.known)
+        return (UnknownStock, InsufficientStock) if short else (UnknownStock,)
+
+    async def parts_follow(self, merchant: str, name: str) -> None:
+        engine = self.inventory._running().engine
+        await self.inventory.settled()
+        await deciding.follow_call(engine, f"{merchant}\x1f{name}", patient=True)
+
+    @precondition(lambda self: any(hold.state == "held" for shop in self.shops.values() for hold in shop.holds.values()))
+    @rule(data=st.data(), sku=st.sampled_from(SKUS))
+    def an_id_that_something_has_used_closes_nothing(self, data: st.DataObject, sku: str) -> None:
+        held = [(m, n) for m, shop in self.shops.items() for n, hold in shop.holds.items() if hold.state == "held" and hold.open[sku]]
+        used = [name for shop in self.shops.values() for name in shop.done]
+        if not held:
+            return
+        merchant, name = data.draw(st.sampled_from(held))
+        other = data.draw(st.sampled_from(sorted(used)))
+        if other in self.shops[merchant].done:
+            with pytest.raises(OperationConflict):
+                self.run(self.stock.confirm(name, lines=[Line(sku, 1)], merchant=merchant, operation_id=other))
+
+
+SETTINGS = settings(
     max_examples=int(os.environ.get("INVENTORY_TEST_EXAMPLES", "12")),
     stateful_step_count=30,
     deadline=None,
@@ -455,3 +518,7 @@ TestPublicApi.settings = settings(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+TestPublicApi = PublicApi.TestCase
+TestPublicApi.settings = SETTINGS
+TestPublicApiBySku = PublicApiBySku.TestCase
+TestPublicApiBySku.settings = SETTINGS

@@ -20,7 +20,7 @@ from inventory_sdk.hotspot.detector import IDLE_LOOKS, STOCK
 from inventory_sdk.hotspot.promotion import Promotion
 from inventory_sdk.ledger.protocol import AdmissionRow, LedgerUnavailable
 from inventory_sdk.metrics import Event, PromotionsWaiting
-from inventory_sdk.model import key_of
+from inventory_sdk.model import key_of, partition_of
 from inventory_sdk.stock import handover
 
 M = "m1"
@@ -31,7 +31,7 @@ A, B, C = (key_of(M, sku) for sku in "abc")
 class Two:
     """Two processes of one deployment: fakeredis and a database between them. The worker runs inside the first."""
 
-    def __init__(self, database: str, prefix: str = "inventory_") -> None:
+    def __init__(self, database: str, prefix: str = "inventory_", **more: Any) -> None:
         server = fakeredis.FakeServer()
         self.redis = fakeredis.FakeAsyncRedis(server=server)
         options: dict[str, Any] = {
@@ -43,6 +43,7 @@ class Two:
             "admission": "auto",
             # The tests say themselves what is hot.
             "detection": Detection(stay=600.0, promote="1000000/second"),
+            **more,
         }
         self.one = Inventory(**options)
         self.two = Inventory(**options)
@@ -416,3 +417,38 @@ async def test_who_is_not_the_mover_tells_of_nothing(shop: Two, monkeypatch: pyt
     other._detector.watch(STOCK, 1_000_000.0).hot[A] = 1.0
     await other.move()
     assert [event for event in told if isinstance(event, PromotionsWaiting)] == [PromotionsWaiting(0, 0)]
+
+
+async def test_over_several_partitions_skus_move_each_in_its_own_and_a_cart_over_them_brings_the_cold_ones(tmp_path: Path) -> None:
+    shops = merchants_apart(3)
+    async with opened(Two(f"sqlite+aiosqlite:///{tmp_path}/stock.db", partitions=3)) as two:
+        stock = two.two.stock
+        for shop in shops:
+            await two.one.stock.restock([Line("a", 10), Line("b", 10)], merchant=shop, operation_id="po")
+            await stock.deduct([Line("a", 1)], merchant=shop, operation_id="d1")
+        assert await two.mover.promote([key_of(shop, "a") for shop in shops[:2]]) == 2
+        where = await two.one.ledger.places([key_of(shop, sku) for shop in shops for sku in "ab"])
+        assert {name for name, place in where.items() if place == "redis"} == {key_of(shop, "a") for shop in shops[:2]}
+        for shop in shops:
+            sold = await stock.deduct([Line("a", 1)], merchant=shop, operation_id="d2", durability="redis")
+            assert bool(sold.positions[0].epoch) == (shop in shops[:2])
+            assert (await stock.deduct([Line("a", 1)], merchant=shop, operation_id="d1")).replayed
+        cart = await stock.reserve([Line("a", 2, shop) for shop in shops] + [Line("b", 1, shops[2])], merchant=shops[0], operation_id="c1")
+        assert len({position.partition for position in cart.positions}) == 3
+        assert (await two.one.ledger.places([key_of(shops[2], "a"), key_of(shops[2], "b"), key_of(shops[0], "b")])) == {
+            key_of(shops[2], "a"): "redis", key_of(shops[2], "b"): "redis", key_of(shops[0], "b"): "database",
+        }  # fmt: skip
+        await stock.confirm("c1", merchant=shops[0])
+        await two.two._ready().engine.drain()
+        await two.one.settled()
+        assert await two.mover.demote([key_of(shop, "a") for shop in shops]) == 3
+        for shop in shops:
+            assert (await stock.deduct([Line("a", 1)], merchant=shop, operation_id="d3")).positions[0].epoch == 0
+            (row,) = await two.one.ledger.stock([key_of(shop, "a")])
+            assert (row.available, row.reserved, row.sold) == (5, 0, 5)
+        assert await two.one.ledger.verify() == []
+
+
+def merchants_apart(partitions: int) -> list[str]:
+    """One merchant per partition."""
+    return [next(f"s{n}" for n in range(99) if partition_of(f"s{n}", partitions) == place) for place in range(partitions)]

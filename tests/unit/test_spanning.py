@@ -24,7 +24,7 @@ from inventory_sdk.errors import (
 )
 from inventory_sdk.ledger.protocol import LedgerUnavailable
 from inventory_sdk.metrics import NoMetrics
-from inventory_sdk.model import Position, Shortage, partition_of
+from inventory_sdk.model import Position, Shortage
 from inventory_sdk.stock import deciding, spanning
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.parts import as_replied, call_of
@@ -42,9 +42,9 @@ FIRST, SECOND, THIRD = shops(PARTITIONS)
 ALL = [FIRST, SECOND, THIRD]
 
 
-@pytest.fixture
-async def world(tmp_path: Path, namespace: str) -> AsyncIterator[World]:
-    async with world_of(tmp_path, namespace, partitions=PARTITIONS, stocked=dict.fromkeys(ALL, 5)) as made:
+@pytest.fixture(params=["merchant", "sku"])
+async def world(tmp_path: Path, namespace: str, request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    async with world_of(tmp_path, namespace, partitions=PARTITIONS, partition_by=request.param, stocked=dict.fromkeys(ALL, 5)) as made:
         yield made
 
 
@@ -78,9 +78,7 @@ async def test_one_call_holds_in_three_shops_and_its_lines_are_closed_where_they
     stock = world.process().stock
     held = await stock.reserve(cart(*ALL, quantity=3), operation_id="o1", order="42")
     assert [(line.merchant, line.quantity, line.remaining) for line in held.lines] == [(merchant, 3, 2) for merchant in sorted(ALL)]
-    assert [position.partition for position in held.positions] == [
-        partition_of(FIRST, PARTITIONS), *sorted(partition_of(merchant, PARTITIONS) for merchant in ALL[1:]),
-    ]  # fmt: skip
+    assert [position.partition for position in held.positions] == world.positions("o1", *ALL)
     again = await stock.reserve(cart(*ALL, quantity=3), operation_id="o1", order="42")
     assert again.replayed
     assert (again.lines, again.positions) == (held.lines, held.positions)
@@ -172,9 +170,9 @@ async def test_parts_reach_the_level_of_the_call_before_home_decides(world: Worl
     process.on_reach = lambda partition, level, key: seen.append((partition, decided))
     seen: list[tuple[int, bool]] = []
     await process.stock.deduct(cart(*ALL), operation_id="o1", durability="queue")
-    there = sorted(partition_of(merchant, PARTITIONS) for merchant in ALL[1:])
-    assert sorted(seen[:2]) == [(number, False) for number in there]
-    assert seen[2] == (partition_of(FIRST, PARTITIONS), True)
+    home, *there = world.positions("o1", *ALL)
+    assert sorted(seen[:-1]) == [(number, False) for number in there]
+    assert seen[-1] == (home, True)
 
 
 async def test_parts_that_do_not_reach_the_level_are_given_back_and_nothing_is_decided(world: World) -> None:
@@ -303,7 +301,7 @@ async def test_a_repeat_beyond_the_window_leaves_no_hold_at_a_home_without_lines
         await client.delete(partition.key("results:0"), partition.key("results:1"))
     await process.stock.reserve(cart(SECOND, THIRD), operation_id="o1")
     await process.quiet()
-    home = process.engine.home(HOME)
+    home = process.engine.home(f"{HOME}\x1fo1")
     assert await client.hexists(home.key("reservations"), f"{HOME}\x1fo1")
     upkeep = process.engine.upkeep
     for partition in process.engine.partitions:
@@ -321,7 +319,7 @@ async def test_a_repeat_beyond_the_window_leaves_no_hold_at_a_home_without_lines
 async def test_home_s_late_decision_is_taken_up_with_all_of_its_lines_or_refused(world: World) -> None:
     process = world.process()
     await process.stock.reserve(cart(*ALL), operation_id="o1")
-    home = process.engine.home(HOME)
+    home = process.engine.home(f"{HOME}\x1fo1")
     _, body = (await process.engine.upkeep.read_journal(home.number, 1, 0, None, 100))[-1]
     late = next(each for each in decode(home.number, 1, 9, body).operations if each.operation_id == "o1")
     again = resubmission(late, 0)
@@ -335,6 +333,7 @@ async def test_home_s_late_decision_is_taken_up_with_all_of_its_lines_or_refused
     assert await process.stock.release("o1")
     other = await process.stock.reserve(cart(*ALL), operation_id="o2")
     await process.stock.undo(other)
+    home = process.engine.home(f"{HOME}\x1fo2")
     entries = await process.engine.upkeep.read_journal(home.number, 1, 0, None, 100)
     found = [each for sequence, text in entries for each in decode(home.number, 1, sequence, text).operations]
     gone = next(each for each in found if each.operation_id == "o2" and each.kind == "reserve")
@@ -349,7 +348,7 @@ async def test_parts_expire_with_their_home_and_not_before(world: World) -> None
     await process.quiet()
     await world.resolve()
     assert len(await world.open_parts()) == 2, "an overdue part asks home, and home holds"
-    home = process.engine.partitions[partition_of(HOME, PARTITIONS)]
+    home = process.engine.partitions[world.home("o1")]
     client: Any = process.client
     await client.zadd(home.key("expiry"), {f"{HOME}\x1fo1": 1}, xx=True)
     assert (await process.engine.upkeep.expire(home.number, [f"{HOME}\x1fo1"])).keys
@@ -382,7 +381,7 @@ async def test_a_rebuilt_partition_knows_its_parts_and_its_decisions(world: Worl
     await process.stock.confirm("o1", lines=[Line("a", 1, SECOND)], operation_id="c1")
     await process.quiet()
     await world.apply()
-    number = partition_of(which, PARTITIONS)
+    number = world.home("o1") if which == FIRST else world.place(which)
     raised = await world.ledger.raise_epoch(number, 1)
     assert raised is not None
     await rebuild(process.engine.upkeep, world.ledger, MemoryQueue(), raised)
@@ -403,7 +402,7 @@ async def test_a_rebuilt_home_does_not_undo_what_its_parts_have_sold(world: Worl
     sale = await process.stock.deduct(cart(*ALL), operation_id="o1")
     await process.quiet()
     await world.apply()
-    number = partition_of(HOME, PARTITIONS)
+    number = world.home("o1")
     raised = await world.ledger.raise_epoch(number, 1)
     assert raised is not None
     await rebuild(process.engine.upkeep, world.ledger, MemoryQueue(), raised)
@@ -425,7 +424,7 @@ async def test_parts_follow_the_ledger_where_home_has_but_a_late_tombstone(world
     await process.quiet()
     assert len(await world.open_parts()) == 2
     await world.apply()
-    home = process.engine.home(HOME)
+    home = process.engine.home(f"{HOME}\x1fo1")
     client: Any = process.client
     for window in ("results:0", "results:1"):
         if await client.hexists(home.key(window), f"{HOME}\x1fo1\x1f"):
@@ -443,7 +442,7 @@ async def test_what_redis_has_forgotten_is_asked_of_the_ledger_only_once_it_has_
     process = world.process()
     await process.stock.reserve(cart(FIRST, SECOND), operation_id="o1")
     await process.quiet()
-    home, client = process.engine.home(FIRST), process.client
+    home, client = process.engine.home(f"{FIRST}\x1fo1"), process.client
     for name in ("results:0", "results:1"):
         await client.hdel(home.key(name), f"{FIRST}\x1fo1")
     ((partition, key),) = await world.open_parts()
@@ -472,7 +471,7 @@ async def test_parts_whose_caller_died_follow_behind_the_ledger(world: World, mo
     await world.apply()
     parts = Parts(process.engine.upkeep, world.ledger, MemoryQueue(), NoMetrics(), lambda *_: None, asyncio.Event())
     following = Following(parts)
-    number = partition_of(FIRST, PARTITIONS)
+    number = world.home("o1")
     rows = await process.engine.upkeep.read_journal(number, 1, 0, None, 1000)
     following.applied([decode(number, 1, sequence, body) for sequence, body in rows])
     task = asyncio.create_task(following.run())

@@ -102,6 +102,7 @@ async def raw(shop: Shop, kind: str) -> list[Any]:
         "expire": ["expire", f"{held}\x1fexpire", "", [], "", key_of(MERCHANT, "due"), 0, "", "", ""],
         "undo": ["undo", f"{held}\x1fundo", mark[2] or f"r2 {a}", [a, 2], "", held, 0, "", mark[1], "reserve"],
         "keep": ["keep", f"{held}\x1fkeep", "", [], "", held, 0, "", mark[1], ""],
+        "claim": ["claim", f"{key_of(MERCHANT, 'x')}\x1fclaim", "f", [], held, key_of(MERCHANT, "x"), 0, "", "", ""],
         "credit": ["credit", key_of(MERCHANT, "\x1fcredit\x1f0-9"), "credit", [a, 1], "", key_of(MERCHANT, "po"), 0, "", "", ""],
         "void": ["void", key_of(MERCHANT, "\x1fvoid\x1f1-1-0"), "void", [a, 2, -2], "", held, 0, "", mark[1], "f"],
         "correct": ["correct", key_of(MERCHANT, "\x1fcorrect\x1f1"), "correct", [a, 1, 0], "", "", 0, "", "", ""],
@@ -111,7 +112,7 @@ async def raw(shop: Shop, kind: str) -> list[Any]:
 
 KINDS = [
     "deduct", "adjust", "reserve", "confirm", "release", "tombstone", "extend", "pin", "expire", "undo", "keep", "credit", "void",
-    "correct",
+    "correct", "claim",
 ]  # fmt: skip
 
 

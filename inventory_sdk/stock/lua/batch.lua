@@ -19,6 +19,8 @@
 --         reserve, deduct, adjust with 11 and 12: the decision of a call; 11 = its parts [[partition, position], ...], 12 = per line
 --         what remained there (of those elsewhere); flag "k": can't be undone
 --         undo of such a call: 11 = [] says that there are lines of other partitions; extra names them
+--         claim: reference = the id that an act takes here which is done in another partition, order = the key of the reservation
+--         that it closes there; undo and keep of it: reference = key of the claim, that id and \31claim; undo: flag = "claim"
 --         abort: reference = key of the call, 11 = parts that a decision must not name any more
 --         follow: reference = key of the part, mark = its position, 11 = [field, confirmed, released, expired, ...] to come up to;
 --         flag "a": what is confirmed is written off
@@ -145,6 +147,8 @@ for i = 1, #ops do
     hold_names[#hold_names + 1] = reference
     if kind == 'undo' or kind == 'keep' or kind == 'void' or kind == 'credit' then result_names[#result_names + 1] = reference end
   end
+  if kind == 'claim' then result_names[#result_names + 1] = reference end
+  if kind == 'undo' and op[10] == 'claim' then result_names[#result_names + 1] = sub(reference, 1, -7) end
   if kind == 'keep' and op[10] ~= '' then fields[#fields + 1] = op[10] end
   if not IS_TAKE[kind] then only_takes = false end
   if op[11] then
@@ -702,6 +706,7 @@ function decide.pin(i, op) return change(i, op, PINNED) end
 
 function decide.undo(i, op)
   local key, mark = op[6], op[9]
+  if op[10] == 'claim' then key = sub(key, 1, -7) end
   local record = results[key] and split(results[key]) or nil
   local hold = holds[key]
   if not record or record[1] ~= op[3] or record[2] ~= mark or record[3] == 'k' then return {11} end
@@ -738,6 +743,25 @@ function decide.keep(i, op)
   results[key] = text
   new_results[key] = text
   journaled(i, op, op[4], {}, 0)
+end
+
+-- Whoever joins in keeps it: the act of one of them may be done, though the other's was refused.
+function decide.claim(i, op)
+  local id = op[6]
+  local record = results[id] and split(results[id])
+  if not record then
+    remember(id, op[3], {}, op[5])
+    journaled(i, op, op[4], {}, 0)
+    return nil
+  end
+  if record[1] ~= op[3] then return {2} end
+  if record[3] ~= 'k' then
+    record[3] = 'k'
+    local text = concat(record, RS)
+    results[id], new_results[id] = text, text
+    journal[#journal + 1] = {'keep', op[2] .. '\31keep', '', {}, {}, '', op[2], 0, ''}
+  end
+  return {1, results[id]}
 end
 
 -- A part comes up to what its call's home has decided: never back, so an old follower does nothing.

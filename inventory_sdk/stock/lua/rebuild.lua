@@ -2,7 +2,7 @@
 -- KEYS  1 meta  2 available  3 reserved  4 frozen  5 results:0  6 results:1  7 reservations  8 expiry  9 givers
 -- ARGV  1 epoch  2 chunk number (1, 2, ...)  3 what: "begin", "balances", "reservations", "results", "open", "older"  4 JSON list
 --         balances: [field, available, reserved, ...]   reservations: [key, record, due ms or 0, ...]   results: [key, record, ...]
---         open: [where "older" begins]   older: [where this one begins, where the next one begins, key, record, ...]
+--         open: [where "older" begins, the layout]   older: [where this one begins, where the next one begins, key, record, ...]
 -- Reply 1, or 0 when another epoch, state or chunk stands there: somebody else is rebuilding
 
 local meta = redis.call('HMGET', KEYS[1], 'epoch', 'state', 'chunk', 'older', 'window')
@@ -59,7 +59,7 @@ elseif what == 'results' then
 elseif what == 'open' then
   local info = redis.pcall('INFO', 'server')
   local run_id = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or ''
-  redis.call('HSET', KEYS[1], 'state', 'open', 'run_id', run_id, 'chunk', ARGV[2], 'older', list[1] or '')
+  redis.call('HSET', KEYS[1], 'state', 'open', 'run_id', run_id, 'chunk', ARGV[2], 'older', list[1] or '', 'layout', list[2] or '')
   return 1
 end
 redis.call('HSET', KEYS[1], 'chunk', ARGV[2])

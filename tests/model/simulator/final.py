@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from inventory_sdk.ledger.decide import CHANGE, OPERATION
-from inventory_sdk.model import Receipt, partition_of
+from inventory_sdk.model import Layout, Receipt
 from tests.model.simulator.auditor import EFFECTS, TAKES, Attempt, Auditor, Place
 from tests.model.simulator.redis import runtime
 
@@ -44,10 +44,10 @@ def redis_hash(world: World, partition: int, name: str) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in zip(flat[::2], flat[1::2], strict=True)}
 
 
-def unquiet(world: World, partitions: int) -> str:
+def unquiet(world: World, layout: Layout) -> str:
     """What still moves, in words; empty when all is quiet."""
     tables = world.database.tables
-    for partition in range(partitions):
+    for partition in range(layout.partitions):
         rows = {epoch: row for epoch, row in tables.epochs.get(partition, {}).items() if epoch > 0}
         meta = redis_hash(world, partition, "meta")
         if not rows or not meta:
@@ -68,7 +68,7 @@ def unquiet(world: World, partitions: int) -> str:
         if due := redis_command(world, "ZRANGEBYSCORE", f"{{sim:{partition}}}:expiry", "1", now):
             return f"partition {partition}: {due} are due"
         for key, text in redis_hash(world, partition, "reservations").items():
-            if why := _unfollowed(world, partitions, partition, key, text):
+            if why := _unfollowed(world, layout, partition, key, text):
                 return why
         if messages := world.broker.line(partition).unsettled():
             # Late entries of an epoch that is over are gathered for a while, unacknowledged.
@@ -89,12 +89,12 @@ def _open(text: str) -> dict[str, int]:
     return lines
 
 
-def _unfollowed(world: World, partitions: int, partition: int, key: str, text: str) -> str:
+def _unfollowed(world: World, layout: Layout, partition: int, key: str, text: str) -> str:
     """Whether this is a part that its call does not hold (any more), or not this preparation of it: somebody has to bring it in line."""
     call, found, _ = key.rpartition(PART)
     if not found:
         return f"hold {key!r} is pinned" if text.startswith("p") else ""
-    home = partition_of(call.partition("\x1f")[0], partitions)
+    home = layout.home(call)
     decided = redis_hash(world, home, "reservations").get(call)
     if decided is None:
         return f"part {key!r} is open, its call is not"

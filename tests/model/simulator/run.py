@@ -21,7 +21,7 @@ from inventory_sdk import inventory as inventory_module
 from inventory_sdk import running as running_module
 from inventory_sdk.inventory import Inventory
 from inventory_sdk.metrics.events import Event, Retried
-from inventory_sdk.model import Line
+from inventory_sdk.model import Layout, Line
 from inventory_sdk.stock import batch as batch_module
 from inventory_sdk.stock import deciding as deciding_module
 from inventory_sdk.stock import spanning as spanning_module
@@ -113,6 +113,7 @@ class Plan:
     scarce: bool = False
     redis_timeout: float = 0.5
     window: float = 86_400.0
+    partition_by: str = "merchant"
 
 
 def plan_of(seed: int) -> Plan:
@@ -155,6 +156,7 @@ def plan_of(seed: int) -> Plan:
         scarce=chance.random() < 0.3,
         redis_timeout=chance.choice((0.5, 0.5, 0.5, 2.5)),
         window=15.0 if chance.random() < 0.03 else 86_400.0,
+        partition_by=chance.choice(("merchant", "merchant", "sku")),
     )
 
 
@@ -208,6 +210,7 @@ class Run:
 
     def __init__(self, plan: Plan, tracing: bool) -> None:
         self.plan = plan
+        self.layout = Layout(plan.partitions, plan.partition_by)
         rates = plan.rates if plan.faulty_start else {}
         self.world = World(plan.seed, rates, tracing, plan.copies, plan.anonymous)
         self.world.bereaved = self.bereaved
@@ -233,6 +236,7 @@ class Run:
                 merchant=None,
                 namespace=NAMESPACE,
                 partitions=self.plan.partitions,
+                partition_by=self.plan.partition_by,
                 metrics=[self.sink],
                 redis_timeout=self.plan.redis_timeout,
                 results_window=self.plan.window,
@@ -553,10 +557,10 @@ class Run:
 
         def quiet() -> bool:
             nonlocal calm
-            calm = 0 if final.unquiet(self.world, self.plan.partitions) else calm + 1
+            calm = 0 if final.unquiet(self.world, self.layout) else calm + 1
             return calm > 2
 
-        await self._until(quiet, lambda: f"never quiet: {final.unquiet(self.world, self.plan.partitions)}")
+        await self._until(quiet, lambda: f"never quiet: {final.unquiet(self.world, self.layout)}")
 
     async def _close(self) -> None:
         """Every process that lives ends in good order and leaves no task behind."""
