@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import re
+import shlex
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
+import typer.main
+import yaml
+from sqlalchemy import insert
 
-from tests.unit.test_documents import ROOT, blocks
+from inventory_sdk import Inventory
+from inventory_sdk.cli.app import app
+from inventory_sdk.sync.queues.amqp_connection import CLOSE_SECONDS
+from inventory_sdk.sync.worker import DRAIN
+from tests.unit.test_documents import ROOT, blocks, run
 
 HOW_TO = ROOT / "docs/how-to"
 FRAMEWORKS = ["FastAPI", "Starlette", "Litestar", "Quart"]
 
 
 @asynccontextmanager
-async def served(app: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the app, within its lifespan."""
+async def served(application: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application, within its lifespan."""
     told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}}
-    life = asyncio.ensure_future(app(scope, told.get, said.put))
+    life = asyncio.ensure_future(application(scope, told.get, said.put))
 
     async def through(step: str) -> None:
         await told.put({"type": f"lifespan.{step}"})
@@ -35,7 +46,7 @@ async def served(app: Any) -> AsyncIterator[httpx.AsyncClient]:
 
     await through("startup")
     try:
-        transport = httpx.ASGITransport(app)
+        transport = httpx.ASGITransport(application)
         async with httpx.AsyncClient(transport=transport, base_url="http://shop", follow_redirects=True) as client:
             yield client
     finally:
@@ -66,3 +77,95 @@ async def test_the_service_sells_in_each_framework(framework: str, monkeypatch: 
         assert 'inventory_operations_accepted_total{kind="reserve"}' in metrics.text
         await names["inventory"].settled()
         assert await names["inventory"].ledger.verify() == []
+
+
+def manifests() -> list[dict[str, Any]]:
+    text = (HOW_TO / "kubernetes.md").read_text()
+    return [each for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) for each in yaml.safe_load_all(block)]
+
+
+def containers() -> list[dict[str, Any]]:
+    return [each for one in manifests() if "template" in one.get("spec", {}) for each in one["spec"]["template"]["spec"]["containers"]]
+
+
+@pytest.mark.parametrize("command", [each["command"] for each in containers()], ids=" ".join)
+def test_a_manifests_command_is_understood(command: list[str]) -> None:
+    program, name, *arguments = command
+    assert program == "inventory-sdk"
+    found = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    found.make_context(name, arguments)  # raises for an option that there is not
+    with pytest.raises(Exception, match="No such option"):
+        found.make_context(name, [*arguments, "--no-such-option"])
+
+
+def test_the_commands_on_the_page_are_understood() -> None:
+    root = typer.main.get_command(app)
+    text = (HOW_TO / "kubernetes.md").read_text()
+    said = re.findall(r"inventory-sdk ((?:schema|doctor|reconcile)(?: [^`\n]*)?)(?:`|$)", text, re.MULTILINE)
+    assert len(said) > 3
+    for each in said:
+        name, *arguments = shlex.split(each)
+        root.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
+def test_the_manifests_agree_with_the_code_and_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_kind = {each["kind"]: each for each in manifests()}
+    secret = by_kind["Secret"]["stringData"]
+    for each in containers():
+        assert each["envFrom"] == [{"secretRef": {"name": by_kind["Secret"]["metadata"]["name"]}}]
+    read = set(re.findall(r'"(INVENTORY_[A-Z_]+)"\)', inspect.getsource(Inventory.from_env)))
+    assert set(secret) <= read
+    for name, value in secret.items():
+        monkeypatch.setenv(name, value)
+    made = Inventory.from_env(metrics=[])
+    assert (made._settings.namespace, made._settings.partitions) == ("shop", 4)
+
+    deployment = by_kind["Deployment"]["spec"]
+    pod = deployment["template"]
+    (worker,) = pod["spec"]["containers"]
+    (port,) = worker["ports"]
+    opened = re.search(r"start_http_server\((\d+)\)", blocks(HOW_TO / "kubernetes.md")[0])
+    assert opened is not None
+    assert port["containerPort"] == int(opened[1]) == int(pod["metadata"]["annotations"]["prometheus.io/port"])
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert worker[probe]["httpGet"] == {"path": "/metrics", "port": port["name"]}
+    assert by_kind["PodMonitor"]["spec"]["podMetricsEndpoints"] == [{"port": port["name"]}]
+    labels = pod["metadata"]["labels"]
+    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
+        assert by_kind[kind]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    # What the worker may take for itself, and then for closing its connections.
+    assert pod["spec"]["terminationGracePeriodSeconds"] > DRAIN + 1 + 2 * CLOSE_SECONDS + 5
+
+
+async def test_the_workers_module_of_the_page_opens_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = ModuleType("shop.stock")
+    vars(stock)["inventory"] = Inventory("memory://", metrics=[])
+    monkeypatch.setitem(sys.modules, "shop", ModuleType("shop"))
+    monkeypatch.setitem(sys.modules, "shop.stock", stock)
+    opened: list[int] = []
+    monkeypatch.setattr("prometheus_client.start_http_server", opened.append)
+    (program,) = blocks(HOW_TO / "kubernetes.md")
+    names: dict[str, Any] = {}
+    exec(compile(program, "kubernetes.md", "exec", dont_inherit=True), names)
+    assert opened == [9100]
+    assert names["inventory"] is vars(stock)["inventory"]
+
+
+async def test_a_stock_table_is_migrated_and_back(tmp_path: Path) -> None:
+    page = HOW_TO / "migrate.md"
+    first, *rest = blocks(page)
+    names: dict[str, Any] = {"REDIS": "memory://", "DATABASE": f"sqlite+aiosqlite:///{tmp_path}/shop.db"}
+    await run(first, page, names)
+    try:
+        async with names["engine"].begin() as connection:
+            await connection.run_sync(names["tables"].create_all)
+            opening = [("mug", 8, 3), ("tee", 2, 0)]
+            rows = [{"merchant": "m1", "sku": sku, "available": left, "reserved": held} for sku, left, held in opening]
+            await connection.execute(insert(names["stock"]), rows)
+            await connection.execute(insert(names["holds"]).values(order_id="hold-7", sku="mug", merchant="m1", quantity=3))
+        await run("\n".join(rest), page, names)
+    finally:
+        for made in ("shadow", "inventory"):
+            if made in names and len(names[made]._here):
+                await names[made].close()
+        await names["engine"].dispose()
