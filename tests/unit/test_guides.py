@@ -19,7 +19,7 @@ import typer.main
 import yaml
 from sqlalchemy import insert
 
-from inventory_sdk import Inventory
+from inventory_sdk import Inventory, Line
 from inventory_sdk.cli.app import app
 from inventory_sdk.sync.queues.amqp_connection import CLOSE_SECONDS
 from inventory_sdk.sync.worker import DRAIN
@@ -169,3 +169,40 @@ async def test_a_stock_table_is_migrated_and_back(tmp_path: Path) -> None:
             if made in names and len(names[made]._here):
                 await names[made].close()
         await names["engine"].dispose()
+
+
+async def test_stock_follows_the_links_of_the_plan() -> None:
+    page = HOW_TO / "roll-out.md"
+    declared, first, code, kill = blocks(page)
+
+    class Item:
+        product_id, qty = "mug", 1
+
+    def embedded(redis: str, **options: Any) -> Inventory:
+        Inventory(redis, metrics=[], **options)
+        return Inventory("memory://", metrics=[], admission=options["admission"], merchant=options["merchant"])
+
+    names: dict[str, Any] = {"Inventory": embedded, "CartItem": Item}
+    await run(declared, page, names)
+    inventory: Inventory = names["inventory"]
+
+    async def places() -> dict[str, set[str]]:
+        return {name: {row.admission for row in await inventory.ledger.admission(name)} for name in ("m1", "m2")}
+
+    async def become(wanted: dict[str, set[str]]) -> None:
+        async with asyncio.timeout(20):
+            while await places() != wanted:
+                await asyncio.sleep(0.02)
+
+    async with inventory:
+        for merchant in ("m1", "m2"):
+            await inventory.stock.restock([Line("mug", 5)], merchant=merchant, operation_id="delivery")
+        await become({"m1": {"database"}, "m2": {"database"}})
+        await run(first, page, names)
+        await become({"m1": {"redis"}, "m2": {"database"}})
+        await run(code, page, names)
+        await names["place_order"]("o-1", [Item()], "m1")
+        await run(kill, page, names)
+        await become({"m1": {"database"}, "m2": {"database"}})
+        assert (await inventory.stock.level("mug", merchant="m1")).available == 4
+        assert await inventory.ledger.verify() == []
