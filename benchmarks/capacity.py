@@ -177,16 +177,18 @@ class Deployment:
         self.sold = 0
 
     async def counted(self) -> tuple[int, int]:
-        """Commands that Redis has executed, transactions that PostgreSQL has committed."""
+        """Commands that Redis has executed, transactions that PostgreSQL has ended (one that only read ends in a rollback)."""
         async with Redis.from_url(self.redis) as client:
             commands = (await client.info("stats"))["total_commands_processed"]
         name = make_url(self.ledger).database
         # A backend hands its numbers over now and then, at the latest a second after it has gone idle.
-        return commands, await self.admin.fetchval("SELECT xact_commit FROM pg_stat_database WHERE datname = $1", name)
+        return commands, await self.admin.fetchval("SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = $1", name)
 
     async def at_rest(self) -> dict[str, Any]:
         """With one worker and nothing to do."""
         async with self.inventory, workers(1) as (worker,):
+            for number in range(8 * self.partitions):  # so that every partition has something to apply
+                await self.inventory.stock.restock([Line("a", 1)], merchant=f"m{number}", operation_id="opening")
             await awake(self.inventory)
             await asyncio.sleep(2.0)
             before, spent = await self.counted(), Spent({os.getpid(): "caller", worker: "worker"})
