@@ -4,6 +4,8 @@ script        microseconds in Redis of a batch, as fixed part and part per opera
 sku           bytes in Redis of a SKU
 rest          with 1 and 4 partitions: connections of a caller's process and of a worker, what both ask of Redis and PostgreSQL at rest
 load          with 1, 16 and 256 callers: CPU microseconds per operation of this process and of one worker, and of two workers
+behind        a worker that catches up with what was journaled while it stood still: by 256 callers in large batches, and by 64 in a lane
+              each, so that each operation is a script call, an entry and a message of its own, as if each caller were a process
 ledger        rows and bytes of an operation in PostgreSQL
 
 Redis is a server of its own; PostgreSQL gets a database of its own (the user must be allowed to create one). Processes are seen through
@@ -13,14 +15,17 @@ Redis is a server of its own; PostgreSQL gets a database of its own (the user mu
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from math import inf
 from pathlib import Path
+from statistics import linear_regression, median
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -33,7 +38,7 @@ from benchmarks.load import finish, put
 from benchmarks.memory import MERCHANT, Stocked, deduct, opened, server, used
 from benchmarks.options import Options, parse
 from benchmarks.stand import ROOT, WORKER
-from inventory_sdk import DurabilityNotReached, Inventory, Line
+from inventory_sdk import DurabilityNotReached, Inventory, Lane, Line
 from inventory_sdk.ledger.protocol import Balance
 from inventory_sdk.model import key_of
 from inventory_sdk.sync.queues import from_url
@@ -42,33 +47,40 @@ BATCHES: Final = (1, 8, 32, 128)
 ROUNDS: Final = 300
 SKUS: Final = 100_000
 LOADS: Final = (1, 16, 256)
+APART: Final = 64
 REST: Final = 5.0
 PARTITIONS: Final = (1, 4)
 UNITS: Final = 10**9
+LANES: Final = {f"l{number}": Lane(timeout=inf) for number in range(APART)}
 
 
 # Redis alone ---------------------------------------------------------------------------------------------------------------------------
 
 
 async def script(url: str) -> dict[str, Any]:
-    """Microseconds per call by operations per call, as Redis counts them, and the line through them."""
-    points: list[tuple[float, float]] = []
+    """Microseconds of a script call in Redis, by operations in it: the median, since Redis may be put aside by the machine; and the
+    line through them."""
+    points: list[tuple[int, float]] = []
     async with opened(url) as (client, _, stock):
+
+        async def counted() -> tuple[int, int]:
+            stat = (await client.info("commandstats"))["cmdstat_evalsha"]
+            return stat["calls"], stat["usec"]
+
         for size in BATCHES:
             await asyncio.gather(*(deduct(stock, f"warm-{size}-{each}") for each in range(size)))
-            await client.config_resetstat()
+            took: list[int] = []
+            before = await counted()
             for round_ in range(ROUNDS):
                 await asyncio.gather(*(deduct(stock, f"o-{size}-{round_}-{each}") for each in range(size)))
-            stat = (await client.info("commandstats"))["cmdstat_evalsha"]
-            points.append((ROUNDS * size / stat["calls"], stat["usec_per_call"]))
+                after = await counted()
+                if after[0] == before[0] + 1:
+                    took.append(after[1] - before[1])
+                before = after
+            points.append((size, median(took)))
         await client.flushall()
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    return {
-        "us_per_call": {f"{size:.0f}": round(spent, 1) for size, spent in points},
-        "fixed_us": round(mean_y - slope * mean_x, 1),
-        "us_per_operation": round(slope, 2),
-    }
+    slope, fixed = linear_regression(*zip(*points, strict=True))
+    return {"us_per_call": dict(points), "fixed_us": round(fixed, 1), "us_per_operation": round(slope, 2)}
 
 
 class ManySkus(Stocked):
@@ -98,7 +110,7 @@ def connections(pid: int, ports: dict[int, str]) -> dict[str, int]:
     inodes = set()
     for each in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            target = os.readlink(each)  # noqa: PTH115 - it leads to no path
+            target = os.readlink(each)
         except FileNotFoundError:
             continue
         if target.startswith("socket:["):
@@ -171,7 +183,7 @@ class Deployment:
             "INVENTORY_BENCH_NAME": self.name,
             "INVENTORY_BENCH_WRITES": "none",
         }
-        self.inventory = Inventory.from_env(namespace=self.name, table_prefix=f"{self.name}_", metrics=[])
+        self.inventory = Inventory.from_env(namespace=self.name, table_prefix=f"{self.name}_", metrics=[], lanes=LANES)
         places = [(redis, 6379, "redis"), (options.queue, 5672, "rabbitmq"), (ledger, 5432, "postgresql")]
         self.ports = {urlsplit(url).port or usual: what for url, usual, what in places}
         self.sold = 0
@@ -204,14 +216,16 @@ class Deployment:
                 "caller_mb": resident(os.getpid()),
             }
 
-    async def load(self, callers: int, count: int) -> dict[str, Any]:
-        """CPU microseconds per operation, until the ledger has everything."""
-        lines, number = [Line("hot", 1)], 0
+    async def load(self, callers: int, count: int, *, apart: bool = False, behind: bool = False) -> dict[str, Any]:
+        """CPU microseconds per operation, until the ledger has everything. ``behind``: the workers stand still until it is journaled."""
+        lines, number, doors = [Line("hot", 1)], 0, itertools.cycle(LANES)
 
         async def call() -> None:
             nonlocal number
             number += 1
-            await self.inventory.stock.deduct(lines, operation_id=f"{callers}-{count}-{number}", durability="redis")
+            name = f"{callers}-{count}-{behind}-{number}"
+            async with self.inventory.lanes.enter(next(doors)) if apart else nullcontext():
+                await self.inventory.stock.deduct(lines, operation_id=name, durability="redis")
             self.sold += 1
 
         async with workers(count) as pids:
@@ -220,12 +234,17 @@ class Deployment:
             await awake(self.inventory)
             parts = {os.getpid(): "caller"} | dict.fromkeys(pids, "worker")
             spent, started = Spent(parts), time.perf_counter()
+            for pid in pids if behind else ():
+                os.kill(pid, signal.SIGSTOP)
             measured = await put(call, callers, self.options.seconds)
+            for pid in pids if behind else ():
+                os.kill(pid, signal.SIGCONT)
             under_load = connections(os.getpid(), self.ports)
             await awake(self.inventory)
             took, cpu = time.perf_counter() - started, spent.seconds()
         micros = {part: round(cpu[part] / measured.operations * 1e6, 1) for part in ("caller", "worker")}
-        print(f"{callers} callers, {count} workers: {measured.operations / took:,.0f}/s in PostgreSQL, CPU {micros}", flush=True)
+        what = f"{callers} callers{' apart' if apart else ''}, {count} workers{' behind' if behind else ''}"
+        print(f"{what}: {measured.operations / took:,.0f}/s in PostgreSQL, CPU {micros}", flush=True)
         return {"durable_tps": round(measured.operations / took), "cpu_us": micros, "caller_connections": under_load}
 
     async def rows(self) -> dict[str, Any]:
@@ -276,6 +295,8 @@ async def deployment(options: Options, redis: str, partitions: int, result: dict
                 for callers, count in loads:
                     result[f"load_{callers}_callers_{count}_workers"] = await one.load(callers, count)
                 result["ledger"] = await one.rows()
+                result["behind_large_batches"] = await one.load(LOADS[-1], 1, behind=True)
+                result["behind_one_by_one"] = await one.load(APART, 1, apart=True, behind=True)
                 return await one.check()
         finally:
             await one.remove_queues()

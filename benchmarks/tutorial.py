@@ -96,7 +96,7 @@ async def _called(client: httpx.AsyncClient, calls: int, at_once: int, call: Cal
     }
 
 
-async def _turn(calls: int, at_once: int, adopt: bool) -> dict[str, Any]:
+async def _turn(calls: int, at_once: int, with_sdk: bool, adopt: bool) -> dict[str, Any]:
     """Load on the shop that stands in the working directory."""
     sys.path.insert(0, os.getcwd())
     from shop.api import app  # type: ignore[import-not-found]
@@ -122,7 +122,7 @@ async def _turn(calls: int, at_once: int, adopt: bool) -> dict[str, Any]:
         return status
 
     async with AsyncExitStack() as stack:
-        inventory = await stack.enter_async_context(_selling(adopt)) if Path("shop/inventory.py").exists() else None
+        inventory = await stack.enter_async_context(_selling(adopt)) if with_sdk else None
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://shop", timeout=60))
         await _called(client, at_once, at_once, lambda number: order(-2 * number - 2))  # connections, caches, the opening balance
@@ -190,6 +190,13 @@ async def _database(server: str, name: str) -> AsyncIterator[str]:
         await connection.close()
 
 
+def _edit(module: Path, lines: str) -> None:
+    code = module.read_text()
+    if code.count(DATABASE_LINE) != 1:
+        raise RuntimeError("the example's Inventory has changed; this benchmark goes by what it was")
+    module.write_text(code.replace(DATABASE_LINE, lines))
+
+
 async def _run(step: Step, options: Options, name: str) -> dict[str, Any]:
     """One turn of a step, on everything of its own."""
     from redis.asyncio import Redis
@@ -197,11 +204,7 @@ async def _run(step: Step, options: Options, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "examples" / step.example / "shop", Path(folder, "shop"), ignore=shutil.ignore_patterns("__pycache__"))
         if step.lines:
-            module = Path(folder, "shop", "inventory.py")
-            code = module.read_text()
-            if code.count(DATABASE_LINE) != 1:
-                raise RuntimeError("the example's Inventory has changed; this benchmark goes by what it was")
-            module.write_text(code.replace(DATABASE_LINE, step.lines))
+            _edit(Path(folder, "shop", "inventory.py"), step.lines)
         async with _database(options.database, name) as database:
             variables = {
                 "SHOP_DATABASE_URL": database,
@@ -216,7 +219,8 @@ async def _run(step: Step, options: Options, name: str) -> dict[str, Any]:
                 made = await asyncio.create_subprocess_exec(*schema, env=environment, stdout=asyncio.subprocess.DEVNULL)
                 if await made.wait():
                     raise RuntimeError(f"{step.name}: no schema")
-            asked = {"calls": round(options.seconds * RATE), "at_once": options.callers[0], "adopt": step.adopt}
+            asked = {"calls": round(options.seconds * RATE), "at_once": options.callers[0]}
+            asked |= {"with_sdk": bool(step.lines), "adopt": step.adopt}
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "benchmarks.tutorial", "--turn", json.dumps(asked)),
                 cwd=folder,

@@ -79,6 +79,18 @@ async def test_the_service_sells_in_each_framework(framework: str, monkeypatch: 
         assert await names["inventory"].ledger.verify() == []
 
 
+async def test_the_service_of_the_readme_sells(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, service = blocks(ROOT / "README.md")
+    monkeypatch.setenv("INVENTORY_REDIS_URL", "memory://")
+    names: dict[str, Any] = {"__name__": "shop"}
+    exec(compile(service, "README.md", "exec", dont_inherit=True), names)
+    async with served(names["app"]) as client:
+        assert (await client.put("/deliveries/d-1", json=[{"product_id": "mug", "qty": 3}])).status_code == 200
+        assert (await client.put("/orders/o-1", json=[{"product_id": "mug", "qty": 2}])).json() == {"order": "o-1"}
+        assert (await client.put("/orders/o-2", json=[{"product_id": "mug", "qty": 2}])).status_code == 409
+        assert "inventory_operations_accepted" in (await client.get("/metrics")).text
+
+
 def manifests() -> list[dict[str, Any]]:
     text = (HOW_TO / "kubernetes.md").read_text()
     return [each for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) for each in yaml.safe_load_all(block)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ EVENT_PAGE = (ROOT / "docs/reference/events.md").read_text()
 
 def rows(page: str, heading: str, number: int = 0) -> list[list[str]]:
     """The cells of a section's table."""
-    section = page.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    section = re.split(r"\n##+ ", re.split(rf"\n##+ {re.escape(heading)}\n", page, maxsplit=1)[1], maxsplit=1)[0]
     found = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)[number]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found.splitlines()[2:]]
 
@@ -75,10 +76,10 @@ def test_the_variables_of_the_command_line_stand_in_the_reference() -> None:
             look(*each)
         for parameter in command.params:
             for variable in [parameter.envvar] if isinstance(parameter.envvar, str) else parameter.envvar or []:
-                own = "" if variable in SHARED else f"{name} "
+                own = "" if variable in shared else f"{name} "
                 found.add((variable, f"{own}{parameter.opts[0]}"))
 
-    SHARED = {code(variable) for variable, _ in rows(CONFIGURATION, "Environment")}
+    shared = {code(variable) for variable, _ in rows(CONFIGURATION, "Environment")}
     look("", root)
     assert {(code(variable), code(option)) for variable, option in rows(CONFIGURATION, "Environment", 1)} == found
 
@@ -91,7 +92,7 @@ def constants() -> dict[str, set[Any]]:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value is not None:
                 try:
                     value = eval(compile(ast.Expression(statement.value), str(path), "eval"), {"__builtins__": {}})
-                except Exception:  # noqa: BLE001, S112 - not a number that can be written down
+                except Exception:  # noqa: BLE001 - not a number that can be written down
                     continue
                 if isinstance(value, int | float):
                     found.setdefault(statement.target.id, set()).add(value)
@@ -159,9 +160,41 @@ def test_a_series_that_a_page_names_exists() -> None:
     known = {table.name for table in tables().all()} | {"inventory_sdk", "inventory_"}
     for each in all_series():
         known |= {f"inventory_{each.name}{end}" for end in ("", "_total", "_bucket", "_count", "_sum")}
-    wrong = []
-    for page in sorted((ROOT / "docs").rglob("*.md")):
-        for name in set(re.findall(r"\binventory_[a-z_]+\b", page.read_text())):
-            if name not in known:
-                wrong.append(f"{page.name}: {name}")
-    assert wrong == []
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    named = [(page.name, name) for page in pages for name in set(re.findall(r"\binventory_[a-z_]+\b", page.read_text()))]
+    assert [pair for pair in named if pair[1] not in known] == []
+
+
+# Capacity ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_paper_nodes_follow_from_the_measured_constants() -> None:
+    page = (ROOT / "docs/explanation/capacity.md").read_text()
+    cells = [row for number in (0, 1) for row in rows(page, "Constants", number)]
+    constant = {code(name): float(re.findall(r"[\d,.]+", value)[0].replace(",", "")) for name, value, _ in cells}
+
+    def cost(part: str, batch: float) -> float:
+        return constant[f"{part}_op"] + constant[f"{part}_batch"] / batch
+
+    for number, part in enumerate(("c", "s", "w")):  # 60 % of a core, to two digits
+        for cell, batch in zip(rows(page, "CPU")[number][1:], (1, 128), strict=True):
+            assert float(cell.removesuffix("/s").replace(",", "")) == pytest.approx(600_000 / cost(part, batch), rel=0.1)
+
+    for row in rows(page, "On paper"):
+        nodes, rate, callers, redis, worker, cells_, of_cell, written, megabytes, results, connections = (
+            float(cell.replace(",", "")) for cell in row
+        )
+
+        def near(value: float) -> Any:  # as it is rounded there
+            return pytest.approx(value, abs=0.51 if value >= 10 else 0.051)
+
+        assert rate == nodes * 200
+        for said, part in ((callers, "c"), (redis, "s"), (worker, "w")):
+            assert said == near(rate * cost(part, 1) / 1e6)
+        assert cells_ == math.ceil(rate * cost("w", 1) / 600_000)
+        assert of_cell == near(rate / cells_)
+        assert written == near(3 * rate / cells_)
+        assert megabytes == near(rate / cells_ * constant["bytes"] / 1e6)
+        remembered = min(2 * 86_400 * rate / 10, 40e6 * cells_)
+        assert results == near(remembered * constant["m_result"] / 1e9)
+        assert connections == nodes * 4
