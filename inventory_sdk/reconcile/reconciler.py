@@ -11,7 +11,7 @@ from inventory_sdk.beside import Ground, Job
 from inventory_sdk.errors import InvalidOperation, NotStarted
 from inventory_sdk.ledger.protocol import WritesStock
 from inventory_sdk.metrics.events import Compared
-from inventory_sdk.model import check_text, key_of, split_key
+from inventory_sdk.model import check_text, key_of
 from inventory_sdk.reconcile.correcting import Correcting
 from inventory_sdk.reconcile.model import (
     Audit,

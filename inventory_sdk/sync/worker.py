@@ -52,7 +52,7 @@ class Worker:
     """Runs in one event loop, several partitions at once; other workers may run on the same partitions. Times are in seconds.
 
     ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``, ``recovered``,
-    ``lost``, ``fork``, ``late_entry``, ``unreadable`` and ``writes_stock_failed``. ``publish_timeout`` is what callers give a message:
+    ``lost``, ``fork``, ``late_entry``, ``unreadable``, ``writes_stock_failed`` and ``task_died``. ``publish_timeout`` is what callers give a message:
     a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at once, ``on_entries`` of every entry
     behind it. ``jobs`` run beside the rest and end when their event is set. ``serves``: which later-functions it runs, None: all. A task
     of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
@@ -264,6 +264,7 @@ class Worker:
             return
         log.critical("%s of worker %s died", task.get_name(), self.name, exc_info=error)
         self._parts.happened("task_died", task=task.get_name())
+        self._parts.tell("task_died", {"task": task.get_name(), "error": repr(error)})
         self.failure = self.failure or error
         self._died.set()
         self._on_failure(error)

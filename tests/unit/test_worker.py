@@ -526,6 +526,9 @@ async def test_a_task_that_dies_is_seen(shop: Shop, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ZeroDivisionError):
         await worker.ready()
     await worker.stop()
+    ((_, facts),) = [told for told in shop.facts.told if told[0] == "task_died"]
+    assert facts["task"] == "inventory-follower-0"
+    assert "ZeroDivisionError" in facts["error"]
 
 
 async def _bug(task: object) -> None:
