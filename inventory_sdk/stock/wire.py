@@ -329,7 +329,7 @@ class Wire:
                 await connection.connect()
         except (RedisError, OSError) as error:  # OSError: also TimeoutError
             await connection.disconnect(nowait=True)
-            raise NotExecuted(f"Redis can't be reached: {error}") from error
+            raise NotExecuted(f"Redis can't be reached: {str(error) or type(error).__name__}") from error
         except BaseException:
             await connection.disconnect(nowait=True)
             raise

@@ -32,6 +32,7 @@ __all__ = ["Expired", "JournalState", "StockSide", "TaskRegistry", "Worker"]
 
 HEARTBEAT: Final = 3.0
 DRAIN: Final = 10.0
+FIRST_SIGN: Final = 1.0
 
 
 def _nobody(_: Any) -> None:
@@ -157,7 +158,7 @@ class Worker:
         await self.stop()
 
     async def start(self) -> None:
-        """Start working; returns at once. A worker starts once: make a new one after ``stop``."""
+        """Start working; returns once that can be seen, or after ``FIRST_SIGN`` seconds. A worker starts once: make a new one after ``stop``."""
         if self._tasks or self._stopping.is_set():
             raise RuntimeError("a worker starts once; make a new one")
         self._aside.append(self._spawn("notices", self._notices.run()))
@@ -174,6 +175,7 @@ class Worker:
             self._spawn("tasks", self._runner.run())
         for job in self._jobs:
             self._spawn(job.name, job.run(self._stopping))
+        await self._give_first_signs()
 
     async def stop(self, timeout: float = DRAIN) -> None:
         """Finish what is received, for at most ``timeout`` seconds, then cancel. What is unfinished comes again to the next
@@ -228,6 +230,16 @@ class Worker:
     def _raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+    async def _give_first_signs(self) -> None:
+        """So that who waits for the ledger right after the start is not told that no worker runs. The followers' own come later."""
+        signs = [asyncio.create_task(self._parts.stock_side.heartbeat(partition, self.name)) for partition, *_ in self._rooms]
+        try:
+            await asyncio.wait(signs, timeout=FIRST_SIGN)
+        finally:
+            for sign in signs:
+                sign.cancel()
+            await asyncio.gather(*signs, return_exceptions=True)  # a server that is away is told of by what works with it
 
     async def _give_signs(self, partition: int, follower: Follower, signed: asyncio.Event) -> None:
         """A heartbeat for every span in which the follower gave a sign itself; a stuck one falls silent."""

@@ -88,7 +88,7 @@ def database_away(inventory: Inventory) -> Iterator[Fault]:
 
     def refused(_: Any) -> None:
         fault.met += 1
-        raise OperationalError("injected", None, ConnectionError("the database can't be reached"))
+        raise OperationalError("injected", None, ConnectionError("the database can't be reached"), connection_invalidated=True)
 
     engine = _engine(inventory)
     event.listen(engine, "begin", refused)
@@ -110,7 +110,7 @@ def commit_unheard(inventory: Inventory, times: int = 1) -> Iterator[Fault]:
         commit(connection)
         if fault.met < times:
             fault.met += 1
-            raise OperationalError("injected", None, ConnectionError("the connection broke after the commit"))
+            raise OperationalError("injected", None, ConnectionError("the connection broke after the commit"), connection_invalidated=True)
 
     with _instead(dialect, "do_commit", unheard):
         yield fault

@@ -12,6 +12,7 @@ from worker_fakes import Shop, body, open_shop, until
 
 from inventory_sdk.metrics.events import Applied
 from inventory_sdk.model import Movement
+from inventory_sdk.sync import worker as sync_worker
 from inventory_sdk.sync.announcing import Announcer
 from inventory_sdk.sync.queues.protocol import Message
 
@@ -159,6 +160,25 @@ async def test_a_held_worker_gives_no_sign_of_life(shop: Shop) -> None:
         assert len(shop.redis.signs) <= before + 1
         shop.ledger.down = None
         await until(lambda: len(shop.redis.signs) > before + 3)
+
+
+async def test_a_worker_that_has_just_begun_can_be_seen(shop: Shop) -> None:
+    """Before its follower has come to anything: who asks ``settled()`` now must not hear that no worker runs."""
+    worker = shop.worker()
+    await worker.start()
+    assert len(shop.redis.signs) == 1
+    await worker.stop()
+
+
+async def test_a_worker_begins_also_where_redis_takes_no_sign(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def held(*_: Any) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(sync_worker, "FIRST_SIGN", 0.01)
+    monkeypatch.setattr(shop.redis, "heartbeat", held)
+    async with shop.worker():
+        pass
+    assert shop.redis.signs == []
 
 
 async def test_two_workers_on_one_partition_double_nothing(shop: Shop) -> None:
