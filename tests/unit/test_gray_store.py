@@ -135,12 +135,12 @@ async def test_two_documents_of_one_version_end_in_the_one_that_redis_has(places
     async with links(places, namespace) as here:
         lost = await here.set("checkout", percentage=1, **WHO)
         kept = replace(lost, percentage=7.0)
+        await watch_of(here)._pushed(kept.text().encode())
+        assert here.known("checkout") == lost
         client = places.client()
         await client.hset(watch_of(here).store._key("rules"), "checkout", kept.text())
         await client.aclose()
         await client.connection_pool.disconnect()
-        await watch_of(here)._pushed(kept.text().encode())
-        assert here.known("checkout") == lost
         await watch_of(here).load()
         assert here.known("checkout") == kept
 
