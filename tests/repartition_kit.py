@@ -17,7 +17,7 @@ from tests.spanning_kit import HOME, Process, World
 
 SKUS = ["a", "b", "c", "d", "e"]
 SHOPS = [HOME, "s1", "s2"]
-ORDERS = 3
+ORDERS = 2
 
 
 @dataclass
