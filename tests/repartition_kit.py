@@ -17,7 +17,7 @@ from tests.spanning_kit import HOME, Process, World
 
 SKUS = ["a", "b", "c", "d", "e"]
 SHOPS = [HOME, "s1", "s2"]
-ORDERS = 3
+ORDERS = 2
 
 
 @dataclass
@@ -117,6 +117,9 @@ async def proven(world: World, done: Trade) -> None:
         now = await stock.reservation(name)
         assert now is not None
         assert replace(now, expires_at=None) == replace(held, expires_at=None)
+    for name in done.receipts:
+        with pytest.raises((OperationConflict, ReservationClosed)):  # before a repeat would make Redis remember it
+            await stock.deduct([Line("a", 3)], operation_id=name)
     for name, (kind, arguments, first) in done.receipts.items():
         given = {key: value for key, value in arguments.items() if key != "reservation"}
         work = getattr(stock, kind)
@@ -130,9 +133,6 @@ async def proven(world: World, done: Trade) -> None:
         assert [(line.merchant, line.sku, line.quantity) for line in repeat.lines] == [
             (line.merchant, line.sku, line.quantity) for line in first.lines
         ]
-        if kind != "restock" and kind != "take_back":
-            with pytest.raises((OperationConflict, ReservationClosed)):
-                await stock.deduct([Line("a", 41)], operation_id=name)
         known = await stock.status(name)
         assert known is not None
         assert known.kind == kind
