@@ -66,10 +66,14 @@ def write_result(row: OperationRow) -> str:
     return text + RS + row.order if row.order else text
 
 
-def write_memory(row: OperationRow) -> tuple[str, str]:
-    """Under which key an applied operation is remembered, and how. A tombstone is remembered as the closed reservation that it is."""
+def write_memory(row: OperationRow) -> tuple[str, ...]:
+    """Under which key an applied operation is remembered, and how. A tombstone is remembered as the closed reservation that it is; so
+    is, besides, a release of a hold that went with a named loss: what is released under this id is nothing that could be taken again."""
+    closed = f"{row.reference}\x1f", tombstone(f"{row.position.epoch}-{row.position.sequence}")
     if row.kind == Kind.TOMBSTONE:
-        return f"{row.reference}\x1f", tombstone(f"{row.position.epoch}-{row.position.sequence}")
+        return closed
+    if row.kind == Kind.RELEASE and not row.lines and not row.parts:
+        return (*closed, row.key, write_result(row))
     return row.key, write_result(row)
 
 
