@@ -26,6 +26,7 @@ from inventory_sdk.stock import reading
 from inventory_sdk.stock.batch import CLOSED, DONE, DONE_LINES, NOT_FOUND, REPLAY, TOO_LATE
 from inventory_sdk.stock.parts import HOLD_ON, WRITE_OFF, Instance, call_of, part_key, plain
 from inventory_sdk.stock.records import RS, read_result, write_reservation
+from inventory_sdk.stock.together import together
 
 if TYPE_CHECKING:
     from inventory_sdk.stock.engine import Engine
@@ -203,7 +204,7 @@ async def give_up(engine: Engine, call: str, parts: Sequence[Part]) -> list[Inst
         if answer[0] not in (DONE, DONE_LINES, REPLAY):
             raise InventoryError(f"the parts of {call!r} could not be given up: {answer}")
         break
-    await asyncio.gather(*[undo(engine, part) for part in left])
+    await together(undo(engine, part) for part in left)
     return named
 
 
@@ -269,7 +270,7 @@ async def follow_call(engine: Engine, call: str, *, patient: bool) -> list[Posit
             return None
         return await follow(engine, part, decided)
 
-    return [position for position in await asyncio.gather(*[one(each) for each in decided.instances]) if position is not None]
+    return [position for position in await together(one(each) for each in decided.instances) if position is not None]
 
 
 def part_fingerprint(kind: str, flat: Sequence[Any]) -> str:

@@ -66,13 +66,17 @@ def write_result(row: OperationRow) -> str:
     return text + RS + row.order if row.order else text
 
 
-def write_memory(row: OperationRow) -> tuple[str, str]:
-    """Under which key an applied operation is remembered, and how. A tombstone is remembered as the closed reservation that it is,
-    a claim under the id that it took."""
+def write_memory(row: OperationRow) -> tuple[str, ...]:
+    """Under which key an applied operation is remembered, and how. A tombstone is remembered as the closed reservation that it is, a
+    claim under the id that it took; and besides itself a release of a hold that went with a named loss as that closed reservation: what
+    is released under this id is nothing that could be taken again."""
+    closed = f"{row.reference}\x1f", tombstone(f"{row.position.epoch}-{row.position.sequence}")
     if row.kind == Kind.TOMBSTONE:
-        return f"{row.reference}\x1f", tombstone(f"{row.position.epoch}-{row.position.sequence}")
+        return closed
     if row.kind == Kind.CLAIM:
         return row.reference, write_result(row)
+    if row.kind == Kind.RELEASE and not row.lines and not row.parts:
+        return (*closed, row.key, write_result(row))
     return row.key, write_result(row)
 
 

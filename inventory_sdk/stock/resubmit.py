@@ -22,7 +22,7 @@ from inventory_sdk.stock.batch import (
     SHORT,
     Answer,
 )
-from inventory_sdk.stock.parts import as_replied
+from inventory_sdk.stock.parts import as_replied, call_of
 from inventory_sdk.stock.records import PIN_OVERDUE_MS
 
 _TAKES: Final = (Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST)
@@ -44,7 +44,7 @@ _PASSING: Final = {FROZEN: "frozen", PIN: "pinned", JOURNAL_FULL: "behind a full
 
 
 def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
-    """The batch operation; None for kinds that are ``SETTLED``, or unknown here."""
+    """The batch operation; None for kinds that are ``SETTLED``, or unknown here. Not for a part of a call (``lost_part``)."""
     kind, key, mark, _, _, order, reference, expires_at, extra = operation
     # Home's entry keeps the lines of other partitions apart; its script takes them all.
     remaining, lines = as_replied(operation)
@@ -78,6 +78,12 @@ def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
     if kind == Kind.PIN:
         return [kind, key, mark, [], order, reference, expires_at, extra, str(PIN_OVERDUE_MS), ""]
     return None
+
+
+def lost_part(operation: JournalOperation) -> bool:
+    """Whether it prepares a part of a call over several partitions: home decides on a part by its position, and taken up at another
+    one it would be nobody's, held for ever."""
+    return operation.kind == Kind.RESERVE and call_of(operation.key) is not None
 
 
 def late_verdict(answer: Answer) -> str:

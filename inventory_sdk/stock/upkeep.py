@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +17,8 @@ from inventory_sdk.stock.batch import AWAY, CLOSED, DONE, DONE_LINES, NOT_FOUND,
 from inventory_sdk.stock.givers import sweep
 from inventory_sdk.stock.partition import Partition
 from inventory_sdk.stock.records import PIN_OVERDUE_MS, RS, write_memory, write_reservation
-from inventory_sdk.stock.resubmit import SETTLED, late_verdict, resubmission
+from inventory_sdk.stock.resubmit import SETTLED, late_verdict, lost_part, resubmission
+from inventory_sdk.stock.together import together
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
 
 KEEP_APPLIED_MS: Final = 600_000
@@ -114,6 +114,8 @@ class Upkeep:
     async def resubmit(self, partition: int, epoch: int, operation: JournalOperation, at_ms: int) -> str:
         """A late operation once more, under its id, in the open epoch: "" when it stands (or never had to), else why it was
         refused, in a word. ``StockFrozen`` when ``epoch`` is not the open one; ``Overloaded`` for what passes by itself."""
+        if lost_part(operation):
+            return "part"
         batched = resubmission(operation, at_ms)
         if batched is None:
             return "" if operation.kind in SETTLED else "unknown_kind"
@@ -181,7 +183,7 @@ class Upkeep:
             answer, _ = await self._settle(view, operation)
             return int(answer[0])
 
-        codes = await asyncio.gather(*[expire(key) for key in keys])
+        codes = await together(expire(key) for key in keys)
         expired = [key for key, code in zip(keys, codes, strict=True) if code in (DONE, DONE_LINES)]
         pinned = [key for key, code in zip(keys, codes, strict=True) if code == PIN]
         return Expired(expired, pinned)

@@ -176,6 +176,8 @@ async def test_a_confirm_stands_for_its_lost_reserve_and_what_gives_back_moves_n
             assert [facts["sequences"] for facts in site.heard("lost")] == [(2, 3, 4, 5)]
             assert site.heard("rejected") == []
             assert await sold(inventory) == (3, 97)
+            with pytest.raises(ReservationClosed):  # it was released: an answer that the ledger would take back is no answer
+                await stock.reserve([Line("a", 2)], operation_id="back", ttl=600, durability="redis")
             await stock.deduct([Line("a", 97)], operation_id="all")
             await inventory.settled()
             assert await sold(inventory) == (100, 0)

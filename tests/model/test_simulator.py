@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.model.simulator.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 45
@@ -47,8 +50,14 @@ def test_a_seed_tells_the_same_story_in_every_process() -> None:
     assert any("journal" in line for line in first)
 
 
-@pytest.mark.parametrize(("mechanism", "seeds"), [("cover", 40), ("results", 60)])
+@pytest.mark.parametrize(("mechanism", "seeds"), [("cover", 40), ("results", 60), ("givers", 60)])
 def test_a_mechanism_that_is_switched_off_is_noticed(mechanism: str, seeds: int) -> None:
     lines = simulator("--switch-off", mechanism, "--seeds", str(seeds), code=1)
     assert json.loads(lines[-1])["failed"]
     assert any("replay: python -m tests.model.simulator --seed" in line for line in lines)
+
+
+def test_the_document_says_of_each_mechanism_what_became_of_it() -> None:
+    text = (ROOT / "docs" / "explanation" / "simulator.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (\d+|not in \d+)[^|]* \|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == list(MUTATIONS)

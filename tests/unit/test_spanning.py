@@ -342,6 +342,48 @@ async def test_home_s_late_decision_is_taken_up_with_all_of_its_lines_or_refused
     assert await left(world) == [5, 5, 5]
 
 
+async def test_a_late_part_is_nobody_s_and_not_taken_up_again(world: World) -> None:
+    process = world.process()
+    await process.stock.reserve(cart(*ALL), operation_id="o1")
+    await process.quiet()
+    there = process.engine.partitions[partition_of(SECOND, PARTITIONS)]
+    _, body = (await process.engine.upkeep.read_journal(there.number, 1, 0, None, 100))[-1]
+    (late,) = decode(there.number, 1, 9, body).operations
+    assert await process.stock.release("o1")
+    await process.quiet()
+    assert await process.engine.upkeep.resubmit(there.number, 1, late, 0) == "part"
+    assert await left(world) == [5, 5, 5]
+    assert not await world.open_parts()
+
+
+async def test_where_one_part_can_not_follow_the_others_are_waited_for(world: World) -> None:
+    process = world.process()
+    await process.stock.reserve(cart(*ALL), operation_id="o1")
+    await process.quiet()
+    followed: list[str] = []
+    both, go = asyncio.Event(), asyncio.Event()
+
+    def on_call(name: str, arguments: Sequence[Any]) -> Any:
+        followed.extend(op[1] for op in operations(name, arguments) if op[0] == "follow")
+        if len(followed) == 1:
+            raise RuntimeError("broken on purpose")
+        if len(followed) == 2 and not both.is_set():
+            both.set()
+            return go.wait()
+        return None
+
+    process.on_call = on_call
+    confirming = asyncio.create_task(process.stock.confirm("o1"))
+    await both.wait()
+    done, _ = await asyncio.wait([confirming], timeout=0.1)
+    assert not done, "a task goes on that nobody waits for"
+    go.set()
+    await confirming
+    await process.quiet()
+    await world.resolve()
+    assert await left(world) == [4, 4, 4]
+
+
 async def test_parts_expire_with_their_home_and_not_before(world: World) -> None:
     process = world.process()
     await process.stock.reserve(cart(*ALL), operation_id="o1")

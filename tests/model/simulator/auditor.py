@@ -226,7 +226,9 @@ class Auditor:
         for entry in self.entries.get(place, ()):
             for operation in entry.operations:
                 whole, remaining = merged(operation)
-                if operation[1] == key and whole == flat:
+                # A release of what went with a named loss has moved nothing in the end, and a repeat says so.
+                moved_nothing = not flat and attempt.kind == "release" and receipt.replayed and self.lost
+                if operation[1] == key and (whole == flat or moved_nothing):
                     found, nonce = operation, entry.nonce
                     # What a close left in other partitions is known only when its parts have followed.
                     apart = operation[0] not in TAKES and parts_of(operation)
