@@ -2,7 +2,7 @@
 
 plain          durable rate without any writes of the service
 writes_stock   one UPDATE per SKU and one INSERT of all log rows, per batch, in the ledger's transaction
-later          a ``run="later"`` function per operation, each in a transaction of its own on the same hot row
+later          a ``run="later"`` function per operation, each in a savepoint, all on the same hot row
 
 Loads with the first of ``--callers``.
 """

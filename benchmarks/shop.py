@@ -63,7 +63,7 @@ if WRITES == "later":
 
     @inventory.deducts(run="later", name="write-product", operation_id="order_id", lines="lines")
     async def sell(order_id: str, lines: list[Line], session: AsyncSession = injected()) -> None:
-        """The same writes per operation, in a transaction of its own."""
+        """The same writes, per operation."""
         for line in lines:
             row = {"sku": line.sku, "operation_id": order_id, "change": -line.quantity}
             await session.execute(_move, {"moved": line.sku, "units": -line.quantity})

@@ -226,6 +226,19 @@ async def test_functions_that_run_later_are_run_once_each_also_when_they_fail_at
     assert await house.ledger.dead_tasks() == []
 
 
+async def test_functions_of_messages_that_come_twice_to_two_workers_run_once_each(house: House) -> None:
+    registry = Registry()
+    registry.faults = 0
+    for sequence in range(1, 5):
+        house.write(sequence, operations=20, task={"name": "write_order", "version": 1, "arguments": "{}"})
+    async with house.worker(tasks=registry), house.worker(tasks=registry):
+        await asyncio.gather(*(house.publish(sequence) for sequence in (3, 1, 1, 4, 2, 3, 2, 4)))
+        await until(lambda: len(registry.done) >= 80)
+    assert sorted(registry.done) == sorted(("write_order", f"order-{number}", number % 4 + 1) for number in range(1, 81))
+    assert await house.ledger.due_tasks(100) == []
+    await house.check()
+
+
 async def test_an_operation_that_the_ledger_knows_already_is_voided_in_redis(house: House) -> None:
     text = house.write(1, operations=1)
     async with house.worker() as worker:
