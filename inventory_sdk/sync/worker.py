@@ -53,9 +53,9 @@ class Worker:
     """Runs in one event loop, several partitions at once; other workers may run on the same partitions. Times are in seconds.
 
     ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``, ``recovered``,
-    ``lost``, ``fork``, ``late_entry``, ``unreadable``, ``writes_stock_failed`` and ``task_died``. ``publish_timeout`` is what callers give a message:
-    a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at once, ``on_entries`` of every entry
-    behind it. ``jobs`` run beside the rest and end when their event is set. ``serves``: which later-functions it runs, None: all. A task
+    ``lost``, ``fork``, ``late_entry``, ``unreadable``, ``writes_stock_failed`` and ``task_died``. ``publish_timeout`` is what callers give
+    a message: a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at once, ``on_entries`` of
+    every entry behind it. ``jobs`` run beside the rest and end when their event is set. ``serves``: which later-functions it runs, None: all. A task
     of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
 
     def __init__(
@@ -158,7 +158,8 @@ class Worker:
         await self.stop()
 
     async def start(self) -> None:
-        """Start working; returns once that can be seen, or after ``FIRST_SIGN`` seconds. A worker starts once: make a new one after ``stop``."""
+        """Start working; returns once that can be seen, or after ``FIRST_SIGN`` seconds. A worker starts once: make a new one after
+        ``stop``."""
         if self._tasks or self._stopping.is_set():
             raise RuntimeError("a worker starts once; make a new one")
         self._aside.append(self._spawn("notices", self._notices.run()))

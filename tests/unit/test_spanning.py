@@ -346,7 +346,7 @@ async def test_a_late_part_is_nobody_s_and_not_taken_up_again(world: World) -> N
     process = world.process()
     await process.stock.reserve(cart(*ALL), operation_id="o1")
     await process.quiet()
-    there = process.engine.partitions[partition_of(SECOND, PARTITIONS)]
+    there = process.engine.partitions[world.place(SECOND)]
     _, body = (await process.engine.upkeep.read_journal(there.number, 1, 0, None, 100))[-1]
     (late,) = decode(there.number, 1, 9, body).operations
     assert await process.stock.release("o1")
