@@ -55,7 +55,8 @@ class Worker:
     ``on_event`` is awaited aside for ``expired``, ``rejected``, ``duplicate``, ``stale``, ``dead_letter``, ``frozen``, ``recovered``,
     ``lost``, ``fork``, ``late_entry``, ``unreadable``, ``writes_stock_failed`` and ``task_died``. ``publish_timeout`` is what callers give
     a message: a recovery waits as long before it ends an epoch. ``on_applied`` hears of every new watermark at once, ``on_entries`` of
-    every entry behind it. ``jobs`` run beside the rest and end when their event is set. ``serves``: which later-functions it runs, None: all. A task
+    every entry behind it. ``jobs`` run beside the rest and end when their event is set. ``serves``: which later-functions it runs, None:
+    all. A task
     of its own that dies is logged, counted (``task_died``) and kept in ``failure``; ``wait()`` raises it."""
 
     def __init__(
