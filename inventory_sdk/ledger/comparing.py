@@ -182,19 +182,11 @@ class Comparing:
             there, newest = (await connection.execute(counted)).one()
             if there >= applied:
                 return []
-            before = entry.alias("before")
-            one_less = and_(before.c.partition == partition, before.c.epoch == epoch, before.c.seq == entry.c.seq - 1)
-            ends = (
-                select(entry.c.seq)
-                .select_from(entry.outerjoin(before, one_less))
-                .where(*here, entry.c.seq > 1, before.c.seq.is_(None))
-                .order_by(entry.c.seq)
-                .limit(limit)
-            )
-            found: list[tuple[int, int]] = []
-            for end in (await connection.execute(ends)).scalars():
-                last = select(func.max(entry.c.seq)).where(*here, entry.c.seq < end)
-                found.append((int((await connection.execute(last)).scalar() or 0) + 1, int(end) - 1))
+            # Along the primary key: a join with itself costs a fresh table's planner, which knows no rows yet, minutes.
+            previous = func.coalesce(func.lag(entry.c.seq).over(order_by=entry.c.seq), 0).label("previous")
+            rows = select(entry.c.seq, previous).where(*here).subquery()
+            holes = select(rows.c.previous + 1, rows.c.seq - 1).where(rows.c.seq - rows.c.previous > 1).order_by(rows.c.seq).limit(limit)
+            found = [(int(first), int(last)) for first, last in await connection.execute(holes)]
             if (newest or 0) < applied:
                 found.append((int(newest or 0) + 1, applied))
             return found
