@@ -8,7 +8,7 @@ import asyncio
 import os
 import random
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 
 from inventory_sdk import Inventory, RedistributionPolicy
 from inventory_sdk.metrics import NoMetrics
+from inventory_sdk.redistribute.board import Request
 from tests.redistribution_process import make
 
 KILLS = int(os.environ.get("INVENTORY_TEST_KILLS", "6"))
@@ -72,14 +73,15 @@ async def test_runners_are_killed_and_every_keys_last_trigger_is_followed_by_a_r
 
     async with inventory:
         desk = next(iter(inventory.redistribution._now().desks.values()))
-        real = desk.requests.add
+        real = desk.board.request
 
-        def noting(key: str, *more: Any, **options: Any) -> asyncio.Future[int]:
-            asked = real(key, *more, **options)
-            asked.add_done_callback(lambda done: last.__setitem__(key, max(last.get(key, 0), done.result())))
-            return asked
+        async def noting(requests: Sequence[Request], *more: float) -> list[tuple[int, float | None]]:
+            replies = await real(requests, *more)
+            for each, (version, _) in zip(requests, replies, strict=True):
+                last[each.key] = max(last.get(each.key, 0), version)
+            return replies
 
-        desk.requests.add = noting  # type: ignore[method-assign]
+        desk.board.request = noting  # type: ignore[method-assign]
 
         async def ask() -> None:
             while asking:
@@ -98,6 +100,7 @@ async def test_runners_are_killed_and_every_keys_last_trigger_is_followed_by_a_r
             asking = False
             await caller
             await asyncio.wait_for(asyncio.shield(_all_ended(client, namespace, last)), 60)
+            assert last
             assert set(last) <= set(SHOPS)
             assert await desk.board.peek(1) == ([], None)  # nothing is left behind
         finally:
