@@ -24,7 +24,7 @@ from inventory_sdk.errors import (
 )
 from inventory_sdk.ledger.protocol import LedgerUnavailable
 from inventory_sdk.metrics import NoMetrics
-from inventory_sdk.model import Position, Shortage
+from inventory_sdk.model import PART, Position, Shortage
 from inventory_sdk.stock import deciding, spanning
 from inventory_sdk.stock.journal import decode
 from inventory_sdk.stock.parts import as_replied, call_of
@@ -346,9 +346,10 @@ async def test_a_late_part_is_nobody_s_and_not_taken_up_again(world: World) -> N
     process = world.process()
     await process.stock.reserve(cart(*ALL), operation_id="o1")
     await process.quiet()
-    there = process.engine.partitions[world.place(SECOND)]
-    _, body = (await process.engine.upkeep.read_journal(there.number, 1, 0, None, 100))[-1]
-    (late,) = decode(there.number, 1, 9, body).operations
+    there = process.engine.partitions[next(place for place in map(world.place, ALL) if place != world.home("o1"))]
+    entries = await process.engine.upkeep.read_journal(there.number, 1, 0, None, 100)
+    found = [each for _, body in entries for each in decode(there.number, 1, 9, body).operations]
+    late = next(each for each in found if PART in each.key and each.kind == "reserve")
     assert await process.stock.release("o1")
     await process.quiet()
     assert await process.engine.upkeep.resubmit(there.number, 1, late, 0) == "part"

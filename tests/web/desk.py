@@ -30,7 +30,7 @@ PASSWORD = "correct horse battery"
 with pytest.MonkeyPatch.context() as _cheap:
     _cheap.setattr(passwords, "_COST", (14, 8, 1))  # the least that is taken: a real one costs six times as much
     HASHED = hash_password(PASSWORD)
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u202e"
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{1237*1237}}\u202e"
 """A name that tries a script, markup, attributes, a template, and turns the direction of writing."""
 LINK = "fast-allocation"
 
