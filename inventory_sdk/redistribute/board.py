@@ -85,7 +85,7 @@ class Board:
         for each in requests:
             arguments += [each.key, each.arguments, "1" if each.wanted else "0", json.dumps(each.calls), each.opener]
         keys = [self._due, self._counts, *(self._state + each.key for each in requests)]
-        reply = await self._run("request", keys, arguments)
+        reply = [int(word) for word in (await self._run("request", keys, arguments)).split()]
         return [(version, None if due < 0 else due / 1000) for version, due in zip(reply[::2], reply[1::2], strict=True)]
 
     async def peek(self, most: int) -> tuple[list[str], float | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 from inventory_sdk.beside import Ground, Job
 from inventory_sdk.errors import InventoryError, NotStarted, RecalculationFailed
@@ -42,7 +41,7 @@ class Redistribution:
         self._lanes = lanes
         self._functions: dict[str, Coalesced] = {}
         self._triggers: dict[tuple[str, str], str] = {}
-        self._here: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Here]] = WeakKeyDictionary()
+        self._here: dict[asyncio.AbstractEventLoop, list[Here]] = {}  # asked at every trigger: a weak one costs ten times as much
 
     def add(self, function: Coalesced) -> None:
         """Register; ``TypeError`` if another function has the name."""
@@ -112,6 +111,8 @@ class Redistribution:
 
     async def start(self, ground: Ground) -> None:
         """See ``Beside``. Without a coalesced function nothing is started."""
+        for other in [other for other in self._here if other.is_closed()]:
+            del self._here[other]  # it was not left in an orderly way
         started = Here(self, ground)
         self._here.setdefault(asyncio.get_running_loop(), []).append(started)
         started.begin()

@@ -6,7 +6,7 @@
 -- ARGV[1]    debounce, ms: a key rests that long after its last request …
 -- ARGV[2]    max_wait, ms: … but no longer than this after the first one that waits
 -- ARGV[3..]  five per key: key, arguments (JSON), wanted ("1": somebody waits for the outcome), calls by trigger (JSON), first trigger
--- Replies, per key: version, ms until it is due (-1: it is being calculated, and is due once that has ended)
+-- Replies, in one string (a client parses it the quickest), per key: version, ms until it is due (-1: it is being calculated, and is due once that has ended)
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local debounce, longest = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -41,11 +41,11 @@ for n = 3, #KEYS do
     scores[#scores + 1] = string.format('%.0f', due)
     scores[#scores + 1] = key
   end
-  replies[#replies + 1] = version
-  replies[#replies + 1] = due - now
+  replies[#replies + 1] = string.format('%.0f', version)
+  replies[#replies + 1] = string.format('%.0f', math.ceil(due - now))
 end
 if #scores > 0 then redis.call('ZADD', KEYS[1], unpack(scores)) end
 for trigger, count in pairs(counted) do
   redis.call('HINCRBY', KEYS[2], 'calls\31' .. trigger, count)
 end
-return replies
+return table.concat(replies, ' ')
