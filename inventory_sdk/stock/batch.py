@@ -287,6 +287,7 @@ class Batcher:
         give_up = time.monotonic() + GIVE_UP
         started = time.perf_counter()
         pause = 0.01
+        unsure = ""
         while True:
             try:
                 if begun is None:
@@ -299,28 +300,31 @@ class Batcher:
                     sent, arriving = begun
                     begun = None
                 try:
-                    status = await self._call(batch, sent, started, arriving)
+                    status = await self._call(batch, sent, started, arriving, unsure)
                 except ReplyLost as lost:
                     self._metrics.record(Retried("redis", "reply_lost"))
                     batch = await self._recover(batch, sent, lost, give_up, started)
                     status = b"lost"
                     if not batch:
                         return
+                    if not partition.run_id:
+                        # Another server may have answered that nothing was done, and nothing here tells one from the other.
+                        unsure = str(lost)
             except StockFrozen as error:
                 self._on_refused(partition.number, "frozen")
-                self._fail(batch, error)
+                self._fail(batch, error, unsure=unsure)
                 return
             except NotExecuted as error:
                 self._metrics.record(Retried("redis", "not_executed"))
                 partition.forget()
                 if time.monotonic() > give_up:
-                    self._fail(batch, Overloaded(str(error), retry_after=1.0))
+                    self._fail(batch, Overloaded(str(error), retry_after=1.0), unsure=unsure)
                     return
             except OutOfMemoryError as error:
-                self._fail(batch, JournalFull(f"Redis is out of memory: {error}", retry_after=1.0))
+                self._fail(batch, JournalFull(f"Redis is out of memory: {error}", retry_after=1.0), unsure=unsure)
                 return
             except ResponseError as error:
-                self._fail(batch, InventoryError(f"Redis refused the batch script, nothing moved: {error}"), error)
+                self._fail(batch, InventoryError(f"Redis refused the batch script, nothing moved: {error}"), error, unsure=unsure)
                 return
             else:
                 if status == b"ok":
@@ -334,11 +338,11 @@ class Batcher:
                     return
                 if status in (b"missing", b"run_id"):
                     self._on_refused(partition.number, status.decode())
-                    self._fail(batch, partition.frozen("empty" if status == b"missing" else "on another server process"))
+                    self._fail(batch, partition.frozen("empty" if status == b"missing" else "on another server process"), unsure=unsure)
                     return
                 self._metrics.record(Retried("redis", status.decode()))
                 if time.monotonic() > give_up:
-                    self._fail(batch, Overloaded(f"partition {partition.number} keeps changing", retry_after=1.0))
+                    self._fail(batch, Overloaded(f"partition {partition.number} keeps changing", retry_after=1.0), unsure=unsure)
                     return
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.25)
@@ -352,9 +356,11 @@ class Batcher:
         want_body = "1" if self._publish is not None else "0"
         return [sent.epoch, self.partition.run_id, sent.not_after, sent.nonce, self._journal_cap, want_body, operations]
 
-    async def _call(self, batch: list[_Waiting], sent: _Sent, started: float, arriving: Awaitable[Any] | None = None) -> bytes:
+    async def _call(
+        self, batch: list[_Waiting], sent: _Sent, started: float, arriving: Awaitable[Any] | None = None, unsure: str = ""
+    ) -> bytes:
         """One script call; its status. ``ok``: the callers have their answers; anything else: nothing was executed.
-        ``arriving``: its reply, where it was sent already."""
+        ``arriving``: its reply, where it was sent already. ``unsure``: why an earlier try may have done what this one refuses."""
         partition = self.partition
         behind = None
         if self._unrecorded:
@@ -384,7 +390,7 @@ class Batcher:
         level = behind.level if behind is not None else ""
         seconds = time.perf_counter() - started
         # One that is to be compared first is kept for that.
-        if self._deliver(batch, decoded, int(in_epoch), sequence, body, seconds, rests, waited, level) and (
+        if self._deliver(batch, decoded, int(in_epoch), sequence, body, seconds, rests, waited, level, unsure) and (
             partition.checked == partition.wire.made or partition.own is None
         ):
             partition.own = (sent.epoch, sequence, sent.nonce)
@@ -474,6 +480,7 @@ class Batcher:
         givers: Sequence[str] | None,
         waited: asyncio.Task[str] | None = None,
         level: str = "",
+        unsure: str = "",
     ) -> bool:
         """Publish the entry and answer the callers; whether anything was journaled."""
         confirmed: Awaitable[Any] | None = None
@@ -502,7 +509,10 @@ class Batcher:
         answered = Answered(Position(self.partition.number, epoch, sequence), confirmed, givers, waited if accepted else None, level)
         for item, answer in zip(batch, answers, strict=True):
             if not item.future.done():
-                item.future.set_result((answer, answered))
+                if unsure and answer[0] > REPLAY:
+                    item.future.set_exception(OutcomeUnknown(_name(item.operation), f"{unsure}; then it was {_REASONS[answer[0]]}"))
+                else:
+                    item.future.set_result((answer, answered))
             elif item.orphaned is not None:
                 item.orphaned((answer, answered))
         self._unrecorded.append(BatchSent(self.partition.number, self.lane, len(batch), accepted, refused, replayed, seconds))
@@ -518,7 +528,12 @@ class Batcher:
         for event in events:
             self._metrics.record(event)
 
-    def _fail(self, batch: list[_Waiting], error: Exception | None, cause: Exception | None = None, reason: str = "") -> None:
+    def _fail(
+        self, batch: list[_Waiting], error: Exception | None, cause: Exception | None = None, reason: str = "", unsure: str = ""
+    ) -> None:
+        """Tell the callers. ``unsure``: an earlier try may have been executed, so that no error says that nothing moved."""
+        if unsure and error is not None:
+            error, reason = None, f"{unsure}; then {error}"
         for item in batch:
             if item.future.done():
                 continue

@@ -64,9 +64,11 @@ def resubmission(operation: JournalOperation, at_ms: int) -> list[Any] | None:
         stands = json.dumps({**(json.loads(extra) if extra else {}), "stands_in": True}, separators=(",", ":"))
         return [Kind.CONFIRM.value, key, mark, list(lines), order, reference, 0, stands, "", "rs" if whole else "s"]
     if kind in (Kind.RELEASE, Kind.TOMBSTONE):
-        # With a tombstone where the reserve is unknown: it may come even later.
-        mark = mark or fingerprint(Kind.RELEASE, reference, ())
-        return [Kind.RELEASE.value, key, mark, list(lines), order, reference, 0, extra, "", "t"]
+        # With a tombstone where the reserve is unknown: it may come even later. Named by its lines also where it closed all: who
+        # repeats it named none, and is answered with those that are remembered.
+        of_all = fingerprint(Kind.RELEASE, reference, ())
+        mark = mark or of_all
+        return [Kind.RELEASE.value, key, mark, list(lines), order, reference, 0, extra, "", "ts" if mark == of_all else "t"]
     if kind == Kind.CLAIM:
         return [kind, key, mark, [], "", reference, 0, "", "", ""]
     if kind == Kind.UNDO:

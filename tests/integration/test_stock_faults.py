@@ -145,6 +145,28 @@ async def test_who_was_refused_is_not_served_by_its_first_script_that_was_stuck(
     assert await shop.counters("a") == (2, 0)
 
 
+@pytest.mark.parametrize("then", ["sold out", "no server"])
+async def test_where_redis_can_not_say_who_it_is_a_lost_reply_is_never_a_refusal(
+    namespace: str, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal that was asked afterwards may be another server's, so that nobody may say that nothing moved."""
+    monkeypatch.setattr(batch, "GIVE_UP", 1.0)
+    with own_redis("--user", "default", "on", "nopass", "~*", "&*", "+@all", "-info") as url:
+        async with (
+            shop_on(url, namespace, {"a": 10}) as there,
+            Proxy(url) as proxy,
+            plain_client(proxy.url) as client,
+            on_client(client, namespace, ledger=there.ledger, redis_timeout=TIMEOUT) as remote,
+        ):
+            assert (await remote.engine.partitions[0].hello()).run_id_kept
+            assert remote.engine.partitions[0].run_id == ""
+            await there.stock.deduct(lines(a=10), operation_id="others")
+            proxy.fault("batch", "swallowed", 1 if then == "sold out" else None)
+            with pytest.raises(errors.OutcomeUnknown):
+                await remote.stock.deduct(lines(a=2), operation_id="o1")
+            assert await there.counters("a") == (0, 0)
+
+
 async def test_a_held_request_released_in_time_has_one_effect_too(shop: Shop, remote: Shop, proxy: Proxy) -> None:
     before = await prepared(shop)
     await remote.engine.partitions[0].known()

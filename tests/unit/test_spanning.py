@@ -27,7 +27,7 @@ from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import PART, Position, Shortage
 from inventory_sdk.stock import deciding, spanning
 from inventory_sdk.stock.journal import decode
-from inventory_sdk.stock.parts import as_replied, call_of
+from inventory_sdk.stock.parts import as_replied, call_of, part_key
 from inventory_sdk.stock.records import tombstone
 from inventory_sdk.stock.resubmit import resubmission
 from inventory_sdk.stock.wire import ReplyLost
@@ -340,6 +340,32 @@ async def test_home_s_late_decision_is_taken_up_with_all_of_its_lines_or_refused
     refused = await process.engine.upkeep.resubmit(home.number, 1, gone, 0)
     assert refused == "closed"
     assert await left(world) == [5, 5, 5]
+
+
+async def test_a_part_that_has_given_back_what_home_has_forgotten_gives_back_only_the_rest(world: World) -> None:
+    """Home's Redis went back behind a release that the part had followed: then home decides on those units once more."""
+    process = world.process()
+    held = await process.stock.reserve(cart(FIRST, SECOND, quantity=3), operation_id="o1")
+    await process.quiet()
+    home = world.home("o1")
+    number, merchant = next((world.place(each), each) for each in (FIRST, SECOND) if world.place(each) != home)
+    mark = next(f"{position.epoch}-{position.sequence}" for position in held.positions if position.partition == number)
+    key, field = part_key(f"{HOME}\x1fo1", number), f"{merchant}\x1fa"
+
+    async def follow(*target: int) -> Any:
+        operation = ["follow", f"{key}\x1ffollow", "", [], "", key, 0, "", mark, "", [field, *target]]
+        answer, _ = await process.engine.send(process.engine.partitions[number], operation)
+        return answer[0]
+
+    assert await follow(0, 2, 0) == 0
+    assert await process.level(merchant) == (4, 1)
+    assert await follow(2, 0, 1) == 9, "one is open, and nobody sells what is gone"
+    assert await process.level(merchant) == (4, 1)
+    assert await follow(1, 0, 2) == 0
+    assert await process.level(merchant) == (4, 0)
+    await world.apply()
+    row = await world.row(merchant)
+    assert (row.available, row.reserved, row.sold) == (4, 0, 1)
 
 
 async def test_a_late_part_is_nobody_s_and_not_taken_up_again(world: World) -> None:

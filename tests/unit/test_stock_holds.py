@@ -185,6 +185,18 @@ async def test_a_partial_release_of_an_unknown_reservation_leaves_no_tombstone(s
     assert await shop.counters("a") == (9, 1)
 
 
+async def test_a_release_that_was_taken_up_again_answers_its_lines_to_who_repeats_it(shop: Shop) -> None:
+    await shop.stock.reserve(lines(a=3, b=1), operation_id="r1")
+    await shop.stock.release("r1", operation_id="x1")
+    late = (await shop.journal())[-1].operations[0]
+    await shop.open(epoch=2)
+    await shop.stock.reserve(lines(a=3, b=1), operation_id="r1")
+    assert await shop.engine.upkeep.resubmit(0, 2, late, 0) == ""
+    again = await shop.stock.release("r1", operation_id="x1")
+    assert again.replayed
+    assert [(line.sku, line.quantity, line.remaining) for line in again.lines] == [("a", 3, 10), ("b", 1, 5)]
+
+
 async def test_a_release_that_meets_its_reserve_in_one_batch_releases_it(shop: Shop) -> None:
     reserved, released = await asyncio.gather(shop.stock.reserve(lines(a=1), operation_id="r1"), shop.stock.release("r1"))
     assert (reserved.kind, released.kind) == ("reserve", "release")

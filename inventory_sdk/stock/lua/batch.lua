@@ -25,7 +25,7 @@
 --         follow: reference = key of the part, mark = its position, 11 = [field, confirmed, released, expired, ...] to come up to;
 --         flag "a": what is confirmed is written off
 --         confirm, release: flag may hold "r" reacquire, "t" leave a tombstone, "d" spoken by the hold's decider,
---         "s" stand in for a reserve that was lost: take the lines that the call names
+--         "s" made of a journal entry that came late: it remembers its lines; a confirm without its reserve takes them
 --         what sells: flag may hold "Q": at durability queue, so it rests on what gave its stock back; "W" and "A" are the client's
 --       8... more fields of the journal's entry, by turns name and value: 't' and the traceparent of the batch, where it is traced
 --
@@ -778,12 +778,15 @@ function decide.follow(i, op)
   for j = 1, #target, 4 do
     local field = target[j]
     local original, confirmed, released, expired = amounts(place[field] or '0')
-    local more = math.max(0, target[j + 1] - confirmed) + math.max(0, target[j + 2] - released) + math.max(0, target[j + 3] - expired)
     local open = original - confirmed - released - expired
+    local more = math.max(0, target[j + 1] - confirmed)
     if more > open then return {9, field, more, open} end
-    if target[j + 1] > confirmed then sold[#sold + 1], sold[#sold + 2] = field, target[j + 1] - confirmed end
-    if target[j + 2] > released then back[#back + 1], back[#back + 2] = field, target[j + 2] - released end
-    if target[j + 3] > expired then gone[#gone + 1], gone[#gone + 2] = field, target[j + 3] - expired end
+    -- What the part gave back and home has forgotten since (its Redis went back) comes again with home's next end: only the rest.
+    local freed = math.min(math.max(0, target[j + 2] - released), open - more)
+    local over = math.min(math.max(0, target[j + 3] - expired), open - more - freed)
+    if more > 0 then sold[#sold + 1], sold[#sold + 2] = field, more end
+    if freed > 0 then back[#back + 1], back[#back + 2] = field, freed end
+    if over > 0 then gone[#gone + 1], gone[#gone + 2] = field, over end
   end
   if #sold + #back + #gone == 0 then return {1, ''} end
   local answer = not_loaded(sold) or not_loaded(back) or not_loaded(gone)
