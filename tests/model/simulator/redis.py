@@ -327,7 +327,7 @@ class SimConnection:
         fate = self.world.network.request(self, commands[0])
         if fate.lost:
             return
-        at = max(self._last_arrival, loop.time() + fate.delay)
+        at = max(self._last_arrival + 1e-6, loop.time() + fate.delay)  # timers of one moment keep no order
         self._last_arrival = at
 
         def answered(future: Any, reply: Any) -> None:
