@@ -20,7 +20,7 @@ demo: $(VENV)/.demo ## a flash sale without any server, and the proof that Redis
 	@$(BIN)/inventory-sdk demo $(DEMO_ARGS)
 
 test: $(VENV)/.test ## the tests; those whose server isn't there are skipped by name (PYTEST_ARGS=…, WORKERS=3)
-	@$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --ignore=tests/typing $(PYTEST_ARGS)
 
 check: lint types floors docs wheel ## everything CI checks besides the tests
 

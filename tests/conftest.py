@@ -26,6 +26,11 @@ def service_url(name: str) -> str:
     return os.environ.get(variable, default)
 
 
+def required() -> bool:
+    """Whether a missing server is a failure: this is CI, and random tests run longer."""
+    return os.environ.get("INVENTORY_TEST_SERVICES") == "required"
+
+
 @cache
 def answers(name: str) -> bool:
     parts = urlsplit(service_url(name))
@@ -42,7 +47,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for name in SERVICES:
         if item.get_closest_marker(name) and not answers(name):
             message = f"no {name} server at {service_url(name)}"
-            if os.environ.get("INVENTORY_TEST_SERVICES") == "required":
+            if required():
                 pytest.fail(message, pytrace=False)
             pytest.skip(message)
 

@@ -22,6 +22,8 @@ from typing import Any, Final
 import pytest
 import redis
 
+from tests.conftest import required
+
 PATIENCE: Final = 30.0
 """Seconds that a server may take to do what it was told before the test fails."""
 
@@ -33,7 +35,7 @@ def program(name: str) -> str:
     if found is not None:
         return found
     message = f"no {name} program"
-    if os.environ.get("INVENTORY_TEST_SERVICES") == "required":
+    if required():
         pytest.fail(message, pytrace=False)
     pytest.skip(message)
 

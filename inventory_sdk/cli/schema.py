@@ -35,16 +35,12 @@ def schema(
 def print_statements(database: str, prefix: str) -> None:
     """The DDL in the database's own dialect, without connecting to it."""
     from sqlalchemy.engine import make_url
-    from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
-    from inventory_sdk.ledger.schema import tables
+    from inventory_sdk.ledger.ddl import statements
 
-    dialect = make_url(database).get_dialect()()
-    for table in tables(prefix).all():
-        indexes = sorted(table.indexes, key=lambda index: str(index.name))
-        statements: list[ExecutableDDLElement] = [CreateTable(table), *map(CreateIndex, indexes)]
-        for statement in statements:
-            typer.echo(f"{str(statement.compile(dialect=dialect)).strip()};\n")
+    for made in statements(prefix, make_url(database).drivername).values():
+        for statement in made:
+            typer.echo(f"{statement};\n")
 
 
 async def created(ledger: Ledger) -> bool:

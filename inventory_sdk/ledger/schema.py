@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -367,3 +368,9 @@ def tables(prefix: str = "inventory_", metadata: MetaData | None = None) -> Tabl
         audit=audit,
         letter=letter,
     )
+
+
+@cache
+def own_tables(prefix: str) -> Tables:
+    """The tables as the SDK itself reads and writes them, made once; nobody adds to their metadata."""
+    return tables(prefix)

@@ -52,7 +52,7 @@ from inventory_sdk.ledger.protocol import (
     WritesStock,
 )
 from inventory_sdk.ledger.register import Register
-from inventory_sdk.ledger.schema import tables
+from inventory_sdk.ledger.schema import own_tables
 from inventory_sdk.ledger.store import OPEN, PENDING, REDIS, Store
 from inventory_sdk.model import JournalEntry, Layout, Position, key_of, split_key
 
@@ -76,7 +76,7 @@ class SqlLedger:
 
     def __init__(self, database: str | AsyncEngine, prefix: str = "inventory_", admission: str = REDIS) -> None:
         self._engines = Engines(database)
-        self.tables = tables(prefix)
+        self.tables = own_tables(prefix)
         self._store = Store(self.tables, self._engines.bulk, self._engines.dialect.name, admission)
         self.pages = SqlPages(self._engines, self._store)
         """What the management pages read."""

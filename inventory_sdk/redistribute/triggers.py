@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from string import Formatter
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from inventory_sdk.model import check_text
 from inventory_sdk.redistribute.coalesced import CoalesceAspect, Coalesced, given_by_name
 from inventory_sdk.selectors import Selector, compile_text
 from inventory_sdk.weave import Call, Order, Proceed, Site, site_of
+
+REMEMBERED: Final = 1024
+"""Requests of one trigger whose key and arguments are known in their written form."""
+SHORT: Final = 128
+"""Characters of an argument up to which it is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +66,21 @@ class TriggerAspect:
 
     def compile(self, site: Site, proceed: Proceed) -> Proceed:
         room, name, runs = self._room, self.name, self.runs
-        arguments_of = self._arguments(site)
+        picks = self._picks(site)
+
+        def write(*given: Any) -> tuple[str, str]:
+            arguments = dict(zip(picks, given, strict=True))
+            return check_text("key", runs.key(_values(runs, arguments))), runs.arguments(arguments)
+
+        # A few shops cause most of it. What a key's own function says may change.
+        remembered = lru_cache(REMEMBERED)(write) if isinstance(runs.options.key, str) else write
 
         async def run(call: Call) -> Any:
             room.ready()
-            arguments = arguments_of(call.values())
-            key = check_text("key", runs.key(_values(runs, arguments)))
-            text = runs.arguments(arguments)
+            values = call.values()
+            given = [pick(values) for pick in picks.values()]
+            short = all(type(each) is str and len(each) <= SHORT for each in given)
+            key, text = remembered(*given) if short else write(*given)
             try:
                 result = await proceed(call)
             except asyncio.CancelledError:
@@ -77,7 +91,7 @@ class TriggerAspect:
 
         return run
 
-    def _arguments(self, site: Site) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    def _picks(self, site: Site) -> dict[str, Callable[[Sequence[Any]], Any]]:
         """From the trigger's arguments to those of the run, by name: what ``key`` says, and what both functions have."""
         runs = self.runs
         picks: dict[str, Callable[[Sequence[Any]], Any]] = {}
@@ -90,7 +104,7 @@ class TriggerAspect:
                 hint = "" if self._key is not None else ", or say with key= where it is"
                 raise TypeError(f"trigger({self.name!r}): {runs.name} needs {name!r}; {site.label} has no such parameter: add it{hint}")
             picks[name] = _at(site.names.index(name))
-        return lambda values: {name: pick(values) for name, pick in picks.items()}
+        return picks
 
     def _keyed(self) -> str:
         """The one parameter of the run that its key is made of."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import required
+
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = Path(os.environ.get("INVENTORY_TEST_ORDERS", ROOT.parent / "shared/data/online_retail_2011-12.csv.gz"))
 
@@ -19,7 +21,7 @@ ORDERS = Path(os.environ.get("INVENTORY_TEST_ORDERS", ROOT.parent / "shared/data
 def orders() -> Path:
     if not ORDERS.exists():
         message = f"no orders file at {ORDERS}; INVENTORY_TEST_ORDERS names another"
-        if os.environ.get("INVENTORY_TEST_SERVICES") == "required":
+        if required():
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
     return ORDERS

@@ -32,6 +32,7 @@ from inventory_sdk.errors import (
 from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import Layout
 from inventory_sdk.stock import deciding
+from tests.conftest import required
 
 T = TypeVar("T")
 
@@ -510,7 +511,7 @@ class PublicApiBySku(PublicApi):
 
 
 SETTINGS = settings(
-    max_examples=int(os.environ.get("INVENTORY_TEST_EXAMPLES", "12")),
+    max_examples=int(os.environ.get("INVENTORY_TEST_EXAMPLES", "12" if required() else "4")),
     stateful_step_count=30,
     deadline=None,
     print_blob=True,

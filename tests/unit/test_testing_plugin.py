@@ -78,8 +78,10 @@ def outcome(folder: Path, tests: str, ini: str, *arguments: str) -> tuple[int, s
     (folder / "shop.py").write_text(SHOP)
     (folder / "test_it.py").write_text(tests)
     (folder / "pytest.ini").write_text(f"[pytest]\npythonpath = .\nfilterwarnings = error\n{ini}")
+    # Plugins of this environment that have nothing to do with it only cost their imports.
+    apart = [word for name in ("hypothesispytest", "faker", "xdist", "cacheprovider") for word in ("-p", f"no:{name}")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-rs", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "--strict-markers", "--strict-config", *apart, "-rs", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
