@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("inventory_sdk.worker")
 
-COLLECT_AFTER: Final = 10_000
+COLLECT_AFTER: Final = 50_000
 """Objects after which Python looks for garbage, 700 unless told: a batch is thousands of lists that live until its commit."""
 
 
@@ -69,7 +69,7 @@ def spare_collector() -> None:
     so often at all. It took a quarter of the worker's time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
+    gc.set_threshold(COLLECT_AFTER, 20, 20)
 
 
 async def serve(inventory: Inventory, variant: str | None = None) -> bool:

@@ -31,13 +31,13 @@ def decode(partition: int, epoch: int, sequence: int, body: str | bytes) -> Jour
             )
         operations = tuple([_operation(values) for values in raw["ops"]])
         return JournalEntry(partition, epoch, sequence, raw["n"], int(raw["t"]), operations)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UnreadableEntry(f"journal entry {partition}/{epoch}-{sequence} can't be read: {error!r}") from error
 
 
 def _operation(values: list[Any]) -> JournalOperation:
-    kind, key, fingerprint, lines, remaining, order, reference, expires_at, extra = values
-    return JournalOperation(kind, key, fingerprint, lines or [], remaining or [], order, reference, int(expires_at), extra)
+    values[3], values[4], values[7] = values[3] or [], values[4] or [], int(values[7])
+    return JournalOperation._make(values)
 
 
 def encode(nonce: str, at_ms: int, operations: list[list[Any]]) -> str:

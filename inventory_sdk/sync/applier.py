@@ -30,7 +30,7 @@ from inventory_sdk.sync.queues.protocol import Message
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-MAX_OPERATIONS: Final = 1000
+MAX_OPERATIONS: Final = 2000
 REFUSED: Final = ("rejected", "duplicate")
 _TAKES: Final = frozenset({Kind.RESERVE, Kind.DEDUCT, Kind.ADJUST, Kind.REACQUIRE})
 
