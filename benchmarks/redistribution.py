@@ -36,7 +36,7 @@ from inventory_sdk import LaneFull, Line
 
 BUYERS: Final = 8
 PAUSE: Final = 0.005
-TICK: Final = 0.005
+TICK: Final = 0.001
 UNITS: Final = 10**8
 DRAIN: Final = 30.0
 """Seconds that a load gets to catch up after the last trigger."""

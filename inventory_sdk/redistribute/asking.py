@@ -21,8 +21,8 @@ from inventory_sdk.redistribute.outcome import Outcome
 
 GATHER: Final = 0.005
 """Seconds between two script calls of one function: under load requests wait so long for company."""
-MOST: Final = 256
-"""Keys in one script call."""
+MOST: Final = 32
+"""Keys in one script call: all of Redis waits for it, some 10 µs per key. Of more, the next call is sent at once."""
 FIRST_RETRY: Final = 0.02
 LAST_RETRY: Final = 1.0
 TRIGGER_PATIENCE: Final = 1.0
@@ -139,7 +139,7 @@ class Requests:
     async def _send(self) -> None:
         delay = 0.0
         while self._pending:
-            wait = max(delay, self._sent + GATHER - time.monotonic())
+            wait = max(delay, 0.0 if len(self._pending) >= MOST else self._sent + GATHER - time.monotonic())
             if wait > 0:
                 await asyncio.sleep(wait)
             batch = dict(list(self._pending.items())[:MOST])

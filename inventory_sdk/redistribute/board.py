@@ -7,7 +7,7 @@ and made anew is never mistaken for an older one.
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -81,12 +81,17 @@ class Board:
 
     async def request(self, requests: Sequence[Request], debounce: float, max_wait: float) -> list[tuple[int, float | None]]:
         """Per request its version, and seconds until its key is due; None: once the run that is on has ended."""
-        arguments: list[str | int] = [_ms(debounce), _ms(max_wait)]
+        total: Counter[str] = Counter()
+        of_keys: list[str | int] = []
         for each in requests:
-            arguments += [each.key, each.arguments, "1" if each.wanted else "0", json.dumps(each.calls), each.opener]
+            total.update(each.calls)
+            calls = "".join([f"{trigger}{SEPARATOR}{count}\x1e" for trigger, count in each.calls.items()])
+            of_keys += (each.key, each.arguments, "1" if each.wanted else "0", calls, each.opener)
+        of_triggers = [word for pair in total.items() for word in pair]
         keys = [self._due, self._counts, *(self._state + each.key for each in requests)]
-        reply = [int(word) for word in (await self._run("request", keys, arguments)).split()]
-        return [(version, None if due < 0 else due / 1000) for version, due in zip(reply[::2], reply[1::2], strict=True)]
+        reply = await self._run("request", keys, [_ms(debounce), _ms(max_wait), len(total), *of_triggers, *of_keys])
+        version, *due = map(int, reply.split())
+        return [(number, None if ms < 0 else ms / 1000) for number, ms in enumerate(due, version)]
 
     async def peek(self, most: int) -> tuple[list[str], float | None]:
         """Keys that are due, and seconds until another one is."""
@@ -111,7 +116,7 @@ class Board:
                         version=version,
                         fence=fence,
                         arguments=arguments.decode(),
-                        calls=json.loads(calls),
+                        calls=_added_up(calls.decode()),
                         opener=opener.decode(),
                         wanted=wanted == b"1",
                         taken_over=taken_over == b"1",
@@ -175,6 +180,15 @@ class Board:
 def _script(name: str) -> tuple[str, str]:
     text = resources.files("inventory_sdk.redistribute").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _added_up(calls: str) -> dict[str, int]:
+    """Calls by trigger, from what ``request.lua`` keeps of them."""
+    sums: dict[str, int] = {}
+    for each in calls.replace("\x1d", "").split("\x1e")[:-1]:
+        trigger, _, count = each.rpartition(SEPARATOR)
+        sums[trigger] = sums.get(trigger, 0) + int(count)
+    return sums
 
 
 def _ms(seconds: float) -> int:

@@ -6,7 +6,7 @@
 -- ARGV[1]    lease, ms
 -- ARGV[2..]  the keys
 -- Replies, per key: nothing ("") if it is somebody's or not due any more, else
---   {version, fence, arguments, calls (JSON), first trigger, wanted, "1" if taken over, ms since the first request}
+--   {version, fence, arguments, calls (see request.lua), first trigger, wanted, "1" if taken over, ms since the first request}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ends = string.format('%.0f', now + tonumber(ARGV[1]))
@@ -21,16 +21,12 @@ for n = 3, #KEYS do
     if not state[1] then
       redis.call('ZREM', KEYS[1], key)  -- its state was lost
     else
-      local calls = cjson.decode(state[4] or '{}')
-      local opener, wanted, first = state[5], state[6], state[7]
+      local calls, opener, wanted, first = state[4] or '', state[5], state[6], state[7]
       if state[2] then
-        for trigger, count in pairs(cjson.decode(state[8])) do
-          calls[trigger] = (calls[trigger] or 0) + count
-        end
+        calls = state[8] .. calls
         opener, first = state[9], state[11]
         if state[10] == '1' then wanted = '1' end
       end
-      calls = cjson.encode(calls)
       local fence = redis.call('HINCRBY', KEYS[2], 'fence', 1)
       redis.call('HSET', KEYS[n], 'running', state[1], 'fence', string.format('%.0f', fence), 'claimed_calls', calls,
         'claimed_opener', opener, 'claimed_wanted', wanted or '0', 'claimed_first', first)
