@@ -6,6 +6,9 @@ WORKERS ?= 3
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
+# Compiled modules are kept, whatever the shell says: without them each of the many processes compiles all of it again.
+export PYTHONDONTWRITEBYTECODE :=
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --quiet
@@ -20,7 +23,7 @@ demo: $(VENV)/.demo ## a flash sale without any server, and the proof that Redis
 	@$(BIN)/inventory-sdk demo $(DEMO_ARGS)
 
 test: $(VENV)/.test ## the tests; those whose server isn't there are skipped by name (PYTEST_ARGS=…, WORKERS=3)
-	@$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --ignore=tests/typing $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal --ignore=tests/typing $(PYTEST_ARGS)
 
 check: lint types floors docs wheel ## everything CI checks besides the tests
 

@@ -6,12 +6,18 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
+from sqlalchemy.engine.base import Engine
+from sqlalchemy.util import LRUCache
 
 from tests import cluster_kit
+
+T = TypeVar("T")
 
 SERVICES = {
     "redis": ("INVENTORY_TEST_REDIS_URL", "redis://127.0.0.1:6379/0"),
@@ -29,6 +35,27 @@ def service_url(name: str) -> str:
 def required() -> bool:
     """Whether a missing server is a failure: this is CI, and random tests run longer."""
     return os.environ.get("INVENTORY_TEST_SERVICES") == "required"
+
+
+def sample(cases: Sequence[T]) -> Sequence[T]:
+    """Of cases that differ in little: all of them in CI, else each third."""
+    return cases if required() else cases[::3]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> Iterator[None]:
+    """Thousands of tests make an engine on SQLite each and send it the same statements: they are compiled once."""
+    shared: LRUCache[Any, Any] = LRUCache(2000)
+    made = Engine.__init__
+
+    def make(engine: Engine, *arguments: Any, **options: Any) -> None:
+        made(engine, *arguments, **options)
+        if engine.dialect.name == "sqlite":
+            engine._compiled_cache = shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "__init__", make)
+        yield
 
 
 @cache

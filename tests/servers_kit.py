@@ -97,9 +97,8 @@ class RedisServer:
 
     def start(self) -> None:
         """Returns once it answers (a replica may still be copying)."""
-        log = (self.folder / f"{self.port}.log").open("ab")
         command = [program("redis-server"), *self.options, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        with log:
+        with (self.folder / f"{self.port}.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         wait_until(self.answers, f"redis-server on port {self.port}")
 

@@ -18,8 +18,8 @@ from redis.asyncio import RedisCluster
 from redis.exceptions import RedisError
 
 from inventory_sdk.beside import Ground
+from inventory_sdk.ending import end
 from inventory_sdk.hotspot.board import EVERY, Board, Changes, Entry, Look, mark_of, parts_of
-from inventory_sdk.hotspot.ending import ended
 from inventory_sdk.hotspot.ring import Ring
 from inventory_sdk.metrics import Happened, Retried
 from inventory_sdk.model import SEPARATOR, Detection
@@ -105,7 +105,7 @@ class Detector:
 
     async def close(self) -> None:
         """End what ``start`` began."""
-        await ended(self._tasks)
+        await end(self._tasks)
         self._tasks.clear()
         self._ground = None
 

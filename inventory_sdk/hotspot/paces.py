@@ -8,8 +8,8 @@ from functools import partial
 from typing import Final
 
 from inventory_sdk import context
+from inventory_sdk.ending import end
 from inventory_sdk.errors import HotspotLimited
-from inventory_sdk.hotspot.ending import ended
 from inventory_sdk.hotspot.lease import SharedLease, Source
 from inventory_sdk.hotspot.pacing import Pacer, Waiter
 from inventory_sdk.hotspot.rates import Rate, Rule
@@ -123,7 +123,7 @@ class Paces:
         for pacer, lease in self._pacers.values():
             lease.close()
             pacer.close()
-        await ended(self._requests)
+        await end(self._requests)
         if self._report_timer is not None:
             self._report_timer.cancel()
             self._report()

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
+from inventory_sdk.ending import end
 from inventory_sdk.errors import InventoryError, NotStarted
 from inventory_sdk.metrics import Metrics
 from inventory_sdk.metrics.events import Retried, Triggered
 from inventory_sdk.redistribute.board import Board, Request
 from inventory_sdk.redistribute.coalesced import Coalesced
-from inventory_sdk.redistribute.ending import end
 from inventory_sdk.redistribute.outcome import Outcome
 
 GATHER: Final = 0.005

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from inventory_sdk.beside import Ground, Job
+from inventory_sdk.ending import end
 from inventory_sdk.errors import InventoryError, NotStarted, RecalculationFailed
 from inventory_sdk.metrics.events import RecalculationsDue, Retried
 from inventory_sdk.redistribute.asking import FAULTS, Requests, Waiting
@@ -14,7 +15,6 @@ from inventory_sdk.redistribute.board import Board, Counts
 from inventory_sdk.redistribute.budget import Budget
 from inventory_sdk.redistribute.coalesced import DIRECT, Coalesced, here
 from inventory_sdk.redistribute.cpu import CpuWatch
-from inventory_sdk.redistribute.ending import end
 from inventory_sdk.redistribute.governor import Governor, Slowable
 from inventory_sdk.redistribute.policy import RedistributionPolicy
 from inventory_sdk.redistribute.runner import Desk, Runner

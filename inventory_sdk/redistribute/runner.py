@@ -13,13 +13,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from inventory_sdk.ending import end
 from inventory_sdk.metrics import Happened, Metrics
 from inventory_sdk.metrics.events import Recalculated, Retried
 from inventory_sdk.redistribute.asking import FAULTS, Requests, Waiting
 from inventory_sdk.redistribute.board import Board, Claim
 from inventory_sdk.redistribute.budget import Budget
 from inventory_sdk.redistribute.coalesced import Coalesced
-from inventory_sdk.redistribute.ending import end
 from inventory_sdk.redistribute.governor import Governor
 from inventory_sdk.redistribute.outcome import Outcome
 from inventory_sdk.redistribute.policy import RedistributionPolicy

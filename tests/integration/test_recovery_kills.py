@@ -14,6 +14,7 @@ from fakeredis import FakeAsyncRedis
 from inventory_sdk import Inventory, Line
 from inventory_sdk.metrics import NoMetrics
 from inventory_sdk.model import key_of
+from tests.conftest import sample
 
 QUICK: dict[str, Any] = {"publish_timeout": 0.02, "first_delay": 0.005, "longest_delay": 0.05, "housekeeping": 0.05, "idle": 0.01}
 STEPS = (
@@ -58,7 +59,7 @@ class Killer:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", sample(STEPS))
 async def test_a_recoverer_that_is_killed_is_followed_by_one_that_finishes(
     step: str, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """Top to bottom. A room is a module or a package; the longest match wins, so ``stock.aspect`` stands above ``stock``."""
 
 PART_OF = {
+    "ending": "beside",
     "running": "inventory",  # its half that belongs to one event loop
     "servers": "inventory",
     "redis_urls": "inventory",

@@ -300,7 +300,7 @@ async def test_closing_gives_back_what_runs_and_the_next_one_runs_it() -> None:
 
 
 async def test_closing_ends_a_task_that_lost_its_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inventory_sdk.redistribute.ending.AGAIN", 0.01)
+    monkeypatch.setattr("inventory_sdk.ending.AGAIN", 0.01)
     inventory = inventory_of()
     held(inventory, Runs())
     lost = asyncio.Event()

@@ -22,6 +22,7 @@ from inventory_sdk.servers import Servers
 from inventory_sdk.sync.queues.memory import MemoryQueue
 from inventory_sdk.sync.recovery import rebuild
 from inventory_sdk.sync.repartition import Plan, Repartition
+from tests.conftest import sample
 from tests.repartition_kit import SKUS, again, change, layout_of, proven, stop, trade
 from tests.spanning_kit import HOME, World, world_of
 
@@ -91,7 +92,7 @@ async def test_it_can_be_changed_again_and_back_and_what_was_rebuilt_remembers(w
 STEPS = ["begin", "freeze 0", "freeze 3", "turn", "rebuild", "remove", "end"]
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", sample(STEPS))
 async def test_killed_at_any_step_it_is_run_again(world: World, step: str) -> None:
     new = LAYOUTS[2]
     done = await trade(world.process())

@@ -35,6 +35,7 @@ from inventory_sdk.sync.following import Following
 from inventory_sdk.sync.parts import Parts
 from inventory_sdk.sync.queues.memory import MemoryQueue
 from inventory_sdk.sync.recovery import rebuild
+from tests.conftest import sample
 from tests.spanning_kit import HOME, Process, World, cart, shops, world_of
 
 PARTITIONS = 4
@@ -42,7 +43,7 @@ FIRST, SECOND, THIRD = shops(PARTITIONS)
 ALL = [FIRST, SECOND, THIRD]
 
 
-@pytest.fixture(params=["merchant", "sku"])
+@pytest.fixture(params=sample(["merchant", "sku"]))
 async def world(tmp_path: Path, namespace: str, request: pytest.FixtureRequest) -> AsyncIterator[World]:
     async with world_of(tmp_path, namespace, partitions=PARTITIONS, partition_by=request.param, stocked=dict.fromkeys(ALL, 5)) as made:
         yield made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +82,6 @@ def outcome(folder: Path, tests: str, ini: str, *arguments: str) -> tuple[int, s
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--strict-markers", "--strict-config", *apart, "-rs", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
