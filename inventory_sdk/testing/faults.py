@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ConnectionError as RedisConnectionError
+
 from inventory_sdk.errors import InventoryError
 from inventory_sdk.stock.partition import KEY_NAMES
 from inventory_sdk.stock.wire import NotExecuted, ReplyLost
@@ -58,7 +60,11 @@ def redis_away(inventory: Inventory) -> Iterator[Fault]:
         fault.met += 1
         raise NotExecuted("injected: Redis can't be reached")
 
-    with _instead(running.engine.wire, "run", refused), _instead(running.client, "execute_command", refused):
+    async def unreachable(*_: Any, **__: Any) -> Any:
+        fault.met += 1
+        raise RedisConnectionError("injected: Redis can't be reached")  # as the client says it, whose users know nothing else
+
+    with _instead(running.engine.wire, "run", refused), _instead(running.client, "execute_command", unreachable):
         yield fault
 
 

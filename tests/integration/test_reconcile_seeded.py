@@ -266,7 +266,7 @@ async def test_every_drift_is_found_with_its_cause_while_four_processes_sell_and
         # The hole in the journal is a fact of the books, and stays one.
         assert {each.cause for each in done.open if each.what == "books"} <= {Cause.LEDGER_BOOKS}
 
-        room = asyncio.Semaphore(4)
+        room = asyncio.Semaphore(4 + DRIFTS // 40)
         began = time.monotonic()
 
         async def correct(number: int) -> None:

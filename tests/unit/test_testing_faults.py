@@ -50,6 +50,27 @@ async def test_a_call_that_begins_while_redis_is_away_succeeds_when_it_is_back(i
     assert await books(inventory) == (9, 9, 1)
 
 
+async def test_a_recalculation_that_is_asked_for_while_redis_is_away_is_run_when_it_is_back() -> None:
+    """What talks to Redis beside the stock meets the client's own error: it knows no other, and would die of it."""
+    inventory, ran = Inventory("memory://", metrics=[]), asyncio.Event()
+
+    @inventory.coalesce(key="{shop}", debounce=0, max_wait=0)
+    async def recalculate(shop: str) -> None:
+        ran.set()
+
+    @inventory.trigger("sold", runs=recalculate)
+    async def sold(shop: str) -> None:
+        pass
+
+    async with inventory:
+        with faults.redis_away(inventory) as fault:
+            call = asyncio.create_task(sold("s1"))
+            while fault.met < 3:
+                await asyncio.sleep(0.01)
+        await call
+        await asyncio.wait_for(ran.wait(), 10)
+
+
 async def test_sales_go_on_while_the_database_is_away_and_reach_it_afterwards(inventory: Inventory) -> None:
     with faults.database_away(inventory) as fault:
         await inventory.stock.deduct(LINES, operation_id="o1")
