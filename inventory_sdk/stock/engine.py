@@ -199,7 +199,9 @@ class Engine:
                     loads += 1
                     if loads > 5:
                         raise Overloaded("the stock of this operation keeps changing hands", 0.5)
-                    await leaving(self.direct, answer[0][1:], split_key(operation[1])[0])
+                    # All that it names, where SKUs go their own ways: Redis has found some of them away, and may sell the others.
+                    named = fields_of(operation) if self.direct.auto else []
+                    await leaving(self.direct, named or answer[0][1:], split_key(operation[1])[0])
                 elif code in (NOT_FOUND, TOO_LATE) and answer[1].position.epoch and loads < 2:
                     loads += 1
                     if not await self._elsewhere(partition, operation):

@@ -144,6 +144,17 @@ async def test_a_cart_with_a_hot_and_a_cold_sku_brings_the_cold_one_along(shop: 
     await shop.counted(a={"available": 9, "sold": 1}, b={"available": 9, "sold": 1}, c={"available": 10})
 
 
+async def test_a_cart_brings_along_what_has_left_redis_where_its_other_sku_is_known_to_be_there(shop: Two) -> None:
+    """Redis names only what left it; asked of that alone, the ledger said that it sells it, and the cart went to Redis once more."""
+    await shop.mover.promote([A, B])
+    assert await shop.mover.demote([B]) == 1
+    await shop.two.stock.deduct([Line("a", 1)], operation_id="d1")
+    receipt = await shop.two.stock.deduct([Line("a", 1), Line("b", 1)], operation_id="cart")
+    assert receipt.positions[0].epoch == 1
+    assert await shop.places() == {"a": "redis", "b": "redis", "c": "database"}
+    await shop.counted(a={"available": 8, "sold": 2}, b={"available": 9, "sold": 1})
+
+
 async def test_carts_that_want_the_same_cold_sku_at_once_share_its_way(shop: Two) -> None:
     await shop.mover.promote([A])
     stocks = [shop.one.stock, shop.two.stock]
