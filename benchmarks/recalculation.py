@@ -27,7 +27,7 @@ inventory = Inventory(
     namespace=NAME,
     table_prefix=f"{NAME}_",
     lanes={"core": Lane(timeout=30.0)},
-    redistribution=RedistributionPolicy(max_concurrency=2, cpu_budget=0.25, slows=("core",)),
+    redistribution=RedistributionPolicy(cpu_budget=0.25, slows=("core",), nice=19),
     metrics=[NoMetrics()],
 )
 

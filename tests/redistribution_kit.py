@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from inventory_sdk import Inventory, Recalculation, RedistributionPolicy, injected
@@ -50,6 +51,17 @@ far = inventory_of()
 @far.coalesce(key="shop", debounce=0, executor="process", timeout=30, name="far-add")
 async def add(shop: str, numbers: list[int], run: Recalculation = injected()) -> dict[str, int]:
     return {"sum": sum(numbers), "pid": os.getpid(), "fence": run.fence}
+
+
+def autogroup() -> str | None:
+    """The group of this process' session, where Linux has such groups: its name, and how weak it is."""
+    group = Path("/proc/self/autogroup")
+    return group.read_text() if group.exists() else None
+
+
+@far.coalesce(key="shop", debounce=0, executor="process", timeout=30, name="far-weakness")
+async def weakness(shop: str) -> dict[str, Any]:
+    return {"pid": os.getpid(), "session": os.getsid(0), "nice": os.nice(0), "group": autogroup()}
 
 
 @far.coalesce(key="shop", debounce=0, executor="process", timeout=0.3, name="far-forever")

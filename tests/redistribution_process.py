@@ -2,7 +2,8 @@
 
     python -m tests.redistribution_process <redis URL> <namespace>
 
-Prints a line ``began KEY`` when a run begins. What ended stands in the Redis list ``{namespace}:ended`` as ``KEY VERSION``.
+Prints a line ``began KEY`` when a run begins. What ended stands in the Redis list ``{namespace}:ended`` as ``KEY BEGAN``, the
+(monotonic) time at which the run began; all processes of a machine have the same clock.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import time
 
 from redis.asyncio import Redis
 
-from inventory_sdk import Inventory, Recalculation, RedistributionPolicy, injected
+from inventory_sdk import Inventory, RedistributionPolicy
 from inventory_sdk.metrics import NoMetrics
 
 LEASE = 1.0
@@ -30,12 +32,13 @@ def make(redis_url: str, namespace: str) -> tuple[Inventory, object]:
     )
 
     @inventory.coalesce(key="shop", debounce=0.01, max_wait=0.1, name="shops")
-    async def recalculate(shop: str, run: Recalculation = injected()) -> None:
+    async def recalculate(shop: str) -> None:
+        began = time.monotonic()
         sys.stdout.write(f"began {shop}\n")
         sys.stdout.flush()
         await asyncio.sleep(random.uniform(0.02, 0.2))
         client = Redis.from_url(redis_url)
-        await client.rpush(f"{namespace}:ended", f"{shop} {run.version}")
+        await client.rpush(f"{namespace}:ended", f"{shop} {began}")
         await client.aclose()
 
     return inventory, recalculate

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -17,10 +19,13 @@ from inventory_sdk.metrics import Metrics
 from inventory_sdk.metrics.events import Retried, Triggered
 from inventory_sdk.redistribute.board import Board, Request
 from inventory_sdk.redistribute.coalesced import Coalesced
+from inventory_sdk.redistribute.covers import LONGEST, Covers
 from inventory_sdk.redistribute.outcome import Outcome
 
 GATHER: Final = 0.005
 """Seconds between two script calls of one function: under load requests wait so long for company."""
+TOGETHER: Final = 0.05
+"""Seconds: what is only counted comes together with others of the same moment."""
 MOST: Final = 32
 """Keys in one script call: all of Redis waits for it, some 10 µs per key. Of more, the next call is sent at once."""
 FIRST_RETRY: Final = 0.02
@@ -33,14 +38,38 @@ FAULTS: Final = (RedisError, OSError, TimeoutError)
 """A server that is away, or an answer that did not come."""
 
 
-@dataclass
-class _Pending:
-    arguments: str
-    opener: str
+@dataclass(slots=True)
+class _Note:
+    """Calls with one key, to be written down. ``answered``: all that the looks have let go; ``unsure``: calls that wait for one."""
+
+    arguments: str = ""
+    opener: str = ""
+    last: float = 0.0
+    """Monotonic time of the last call."""
+    ends: float = math.inf
+    """Monotonic time at which it is written down, while it is covered."""
+    answered: bool = False
+    unsure: int = 0
     wanted: bool = False
     calls: Counter[str] = field(default_factory=Counter)
     asked: list[asyncio.Future[int]] = field(default_factory=list)
     callers: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def add(self, arguments: str, trigger: str, now: float) -> None:
+        """One call more."""
+        self.opener = self.opener or trigger
+        self.arguments = arguments
+        self.last = now
+        self.calls[trigger] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Looker:
+    """A covered call that waits for a look at the board."""
+
+    key: str
+    caller: asyncio.Future[None]
+    note: _Note
 
 
 class Requests:
@@ -59,7 +88,14 @@ class Requests:
         self._metrics = metrics
         self._due = due
         self._failed = failed
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[str, _Note] = {}
+        self.closed = False
+        self._covers = Covers()
+        self._covered: dict[str, _Note] = {}
+        self._ends: list[tuple[float, str]] = []
+        """When what is covered is written down, soonest first."""
+        self._writer: asyncio.TimerHandle | None = None
+        self._lookers: list[_Looker] = []
         self._sender: asyncio.Task[None] | None = None
         self._sent = 0.0
         self._patient: deque[tuple[float, asyncio.Future[None]]] = deque()
@@ -67,32 +103,77 @@ class Requests:
 
     def add(self, key: str, arguments: str, trigger: str, wanted: bool) -> asyncio.Future[int]:
         """A request; done, with its version, once it is written down. Whoever waits for it shields it: it is others' too."""
-        pending = self._note(key, arguments, trigger)
-        pending.wanted |= wanted
-        if not pending.asked:
-            pending.asked.append(asyncio.get_running_loop().create_future())
-        return pending.asked[0]
+        note = self._note(key, arguments, trigger)
+        note.wanted |= wanted
+        if not note.asked:
+            note.asked.append(asyncio.get_running_loop().create_future())
+        return note.asked[0]
 
-    def fire(self, key: str, arguments: str, trigger: str) -> asyncio.Future[None]:
-        """A request that nobody waits for; done once it is written down, or after ``TRIGGER_PATIENCE``: while Redis is away it is
-        kept in this process and tried again."""
+    def fire(self, key: str, arguments: str, trigger: str) -> asyncio.Future[None] | None:
+        """A request that nobody waits for; done once it is on the board, or after ``TRIGGER_PATIENCE``: while Redis is away it is
+        kept in this process and tried again. None: another one covers it."""
         loop = asyncio.get_running_loop()
-        caller: asyncio.Future[None] = loop.create_future()
-        self._note(key, arguments, trigger).callers.append(caller)
+        now = time.monotonic()
+        cover = self._covers.of(key, arguments, now) if key not in self._pending else None
+        if cover is None:
+            caller: asyncio.Future[None] = loop.create_future()
+            self._note(key, arguments, trigger).callers.append(caller)
+        else:
+            sure = now < cover.sure
+            note = self._cover(key, cover.sure if sure else (now + LONGEST) // TOGETHER * TOGETHER)
+            note.add(arguments, trigger, now)
+            if sure:
+                note.answered = False  # a clock says so: not enough for what is written down too late, after all
+                return None
+            note.unsure += 1
+            caller = loop.create_future()
+            self._lookers.append(_Looker(key, caller, note))
+            self._begin()
         self._patient.append((loop.time() + TRIGGER_PATIENCE, caller))
         if self._timer is None:
             self._timer = loop.call_later(TRIGGER_PATIENCE, self._out_of_patience)
         return caller
 
-    def _note(self, key: str, arguments: str, trigger: str) -> _Pending:
-        pending = self._pending.get(key)
-        if pending is None:
-            pending = self._pending[key] = _Pending(arguments, trigger)
-        pending.arguments = arguments
-        pending.calls[trigger] += 1
-        if self._sender is None:
-            self._begin()
-        return pending
+    def _note(self, key: str, arguments: str, trigger: str) -> _Note:
+        note = self._uncover(key) or self._pending.setdefault(key, _Note())
+        note.answered = False
+        note.add(arguments, trigger, time.monotonic())
+        self._begin()
+        return note
+
+    def _cover(self, key: str, ends: float) -> _Note:
+        """What is covered of the key; it is written down at ``ends`` or before."""
+        note = self._covered.get(key)
+        if note is None:
+            note = self._covered[key] = _Note(answered=True)
+        if ends < note.ends:
+            note.ends = ends
+            heappush(self._ends, (ends, key))
+            if self._ends[0] == (ends, key):
+                self._write_at(ends)
+        return note
+
+    def _uncover(self, key: str) -> _Note | None:
+        """What is covered of the key is written down now. None: nothing is."""
+        note = self._covered.pop(key, None)
+        if note is not None:
+            self._pending[key] = note  # where it was not: a key is in one of both
+        return note
+
+    def _write_at(self, ends: float) -> None:
+        if self._writer is not None:
+            self._writer.cancel()
+        self._writer = asyncio.get_running_loop().call_later(ends - time.monotonic(), self._write_covered)
+
+    def _write_covered(self) -> None:
+        """Those whose cover ends now."""
+        self._writer = None
+        now = time.monotonic()
+        while self._ends and self._ends[0][0] <= now:
+            self._uncover(heappop(self._ends)[1])
+        if self._ends:
+            self._write_at(self._ends[0][0])
+        self._begin()
 
     def _out_of_patience(self) -> None:
         """One timer for all callers: they wait equally long, so the first that came is the first that goes."""
@@ -105,26 +186,39 @@ class Requests:
 
     async def close(self) -> None:
         """Write down what is left; ``InventoryError`` names the keys for which that was not possible."""
-        sender = self._sender
-        if sender is not None:
-            await asyncio.wait({sender}, timeout=FLUSH)
-            await end([sender])
+        if self._writer is not None:
+            self._writer.cancel()
+            self._writer = None
+        for key in list(self._covered):
+            self._uncover(key)
+        self.closed = True
+        self._covers.close()
+        self._begin()
+        until = time.monotonic() + FLUSH
+        while self._sender is not None and (left := until - time.monotonic()) > 0:
+            await asyncio.wait({self._sender}, timeout=left)
+            await asyncio.sleep(0)  # for ``_ended``, which begins anew where something came at the very end
+        if self._sender is not None:
+            await end([self._sender])
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        left, self._pending = self._pending, {}
+        lost, self._pending = self._pending, {}
         while self._patient:
             _let_go(self._patient.popleft()[1])
-        for pending in left.values():
-            for asked in pending.asked:
+        for note in lost.values():
+            for asked in note.asked:
                 if not asked.done():
                     asked.set_exception(NotStarted("closed before Redis had the request, so it"))
                     asked.exception()  # nobody may be waiting any more
-        if left:
-            some = ", ".join(sorted(left)[:5])
-            raise InventoryError(f"{self._function.name}: Redis did not take the requests of {len(left)} keys ({some}); they are lost")
+        if lost:
+            some = ", ".join(sorted(lost)[:5])
+            raise InventoryError(f"{self._function.name}: Redis did not take the requests of {len(lost)} keys ({some}); they are lost")
 
     def _begin(self) -> None:
+        """See to it that somebody sends what is there."""
+        if self._sender is not None or not (self._pending or self._lookers):
+            return
         self._sender = asyncio.create_task(self._send(), name=f"inventory requests of {self._function.name}")
         self._sender.add_done_callback(self._ended)
 
@@ -133,57 +227,84 @@ class Requests:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._failed(error)
-        elif self._pending and not task.cancelled():
+        elif not task.cancelled():
             self._begin()
 
     async def _send(self) -> None:
         delay = 0.0
-        while self._pending:
+        while self._pending or self._lookers:
             wait = max(delay, 0.0 if len(self._pending) >= MOST else self._sent + GATHER - time.monotonic())
             if wait > 0:
                 await asyncio.sleep(wait)
             batch = dict(list(self._pending.items())[:MOST])
             for key in batch:
                 del self._pending[key]
+            lookers, self._lookers = self._lookers, []
             try:
                 self._sent = time.monotonic()
                 await self._write(batch)
+                self._let_go_of(lookers, batch)
                 delay = 0.0
             except FAULTS as error:
                 self._metrics.record(Retried("redistribution", type(error).__name__))
-                self._put_back(batch)
+                self._put_back(batch, lookers)
                 delay = min(max(FIRST_RETRY, delay * 2), LAST_RETRY)
             except BaseException:
-                self._put_back(batch)
+                self._put_back(batch, lookers)
                 raise
 
-    async def _write(self, batch: dict[str, _Pending]) -> None:
-        options = self._function.options
-        requests = [Request(key, each.arguments, each.wanted, each.calls, each.opener) for key, each in batch.items()]
-        replies = await self._board.request(requests, options.debounce, options.max_wait)
+    async def _write(self, batch: dict[str, _Note]) -> None:
+        """Write it on the board, or only look at it where there is nothing to write."""
+        if not batch:
+            self._covers.saw(await self._board.look(self._covers.fence))
+            return
+        options, asked = self._function.options, self._sent
+        requests = [
+            Request(
+                key, each.arguments, each.wanted, each.calls, each.opener, asked - each.last, answered=each.answered and not each.unsure
+            )
+            for key, each in batch.items()
+        ]
+        standings, seen = await self._board.request(requests, options.debounce, options.max_wait, self._covers.fence)
+        self._covers.saw(seen)
         calls: Counter[str] = Counter()
-        for (version, due), pending in zip(replies, batch.values(), strict=True):
-            calls.update(pending.calls)
-            for asked in pending.asked:
-                if not asked.done():
-                    asked.set_result(version)
-            for caller in pending.callers:
+        for standing, (key, note) in zip(standings, batch.items(), strict=True):
+            calls.update(note.calls)
+            if standing.waits:
+                self._covers.wrote(key, note.arguments, asked, standing.due)
+                if standing.due is not None:
+                    self._due(standing.due)
+            for future in note.asked:
+                if not future.done():
+                    future.set_result(standing.version)
+            for caller in note.callers:
                 _let_go(caller)
-            if due is not None:
-                self._due(due)
-        while self._patient and self._patient[0][1].done():
-            self._patient.popleft()
         self._metrics.record(Triggered(self._function.name, calls))
 
-    def _put_back(self, batch: dict[str, _Pending]) -> None:
+    def _let_go_of(self, lookers: Sequence[_Looker], batch: Mapping[str, _Note]) -> None:
+        """After a look that began when they were there, or a write: whose request waits is let go, and the others are written down."""
+        for each in lookers:
+            if self._covers.waits(each.key) or each.key in batch:
+                each.note.unsure -= 1
+                _let_go(each.caller)
+            else:
+                note = self._uncover(each.key) or self._pending.setdefault(each.key, each.note)
+                note.answered = False
+                note.callers.append(each.caller)
+        while self._patient and self._patient[0][1].done():
+            self._patient.popleft()
+
+    def _put_back(self, batch: dict[str, _Note], lookers: list[_Looker]) -> None:
+        self._lookers = lookers + self._lookers
         for key, older in batch.items():
-            newer = self._pending.get(key)
-            if newer is not None:
-                older.arguments = newer.arguments
-                older.wanted |= newer.wanted
-                older.calls.update(newer.calls)
-                older.asked += newer.asked
-                older.callers += newer.callers
+            for newer in (self._pending.get(key), self._covered.pop(key, None)):
+                if newer is not None:
+                    older.arguments, older.last = newer.arguments, newer.last
+                    older.answered &= newer.answered and not newer.unsure
+                    older.wanted |= newer.wanted
+                    older.calls.update(newer.calls)
+                    older.asked += newer.asked
+                    older.callers += newer.callers
             self._pending[key] = older
 
 
@@ -227,7 +348,7 @@ class Waiting:
 
     async def ask(self, keys: Sequence[str]) -> None:
         """Answer those whose run ended elsewhere."""
-        for key, standing in zip(keys, await self._board.standings(keys), strict=True):
+        for key, standing in zip(keys, await self._board.answered(keys), strict=True):
             if not standing.known:
                 # Its outcome was cleaned away, or Redis has forgotten all of it: who still waits asks anew.
                 self.answer(key, 2**62, None)

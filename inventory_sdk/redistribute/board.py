@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from redis.exceptions import NoScriptError
 
+from inventory_sdk.redistribute.covers import Seen
+
 if TYPE_CHECKING:
     from redis.asyncio import Redis, RedisCluster
 
+NOTHING: Final = -2
 OUTCOME_KEPT: Final = 60.0
 """Seconds that a key without requests is remembered, with its last outcome."""
 SEPARATOR: Final = "\x1f"
@@ -26,13 +29,16 @@ SEPARATOR: Final = "\x1f"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """``calls``: by trigger. ``opener``: the first of them. ``wanted``: somebody waits for the outcome."""
+    """``calls``: by trigger. ``opener``: the first of them. ``wanted``: somebody waits for the outcome. ``age``: seconds since the
+    last call. ``answered``: a run answers all of them already; where that one is not waiting any more, they are only counted."""
 
     key: str
     arguments: str
     wanted: bool
     calls: Mapping[str, int]
     opener: str
+    age: float = 0.0
+    answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,16 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
+    """A request on the board. ``due``: seconds until its key is; None: once the run that is on has ended. ``waits`` is False for one
+    that was only counted."""
+
+    version: int
+    due: float | None
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
     """``known`` is False for a key without a state. ``outcome`` is that of version ``outcome_of``; 0: there is none."""
 
     known: bool
@@ -77,21 +93,29 @@ class Board:
         begins = f"{namespace}:redistribute:{{{function}}}"
         self._due = f"{begins}:due"
         self._counts = f"{begins}:counts"
+        self._claims = f"{begins}:claims"
         self._state = f"{begins}:key:"
 
-    async def request(self, requests: Sequence[Request], debounce: float, max_wait: float) -> list[tuple[int, float | None]]:
-        """Per request its version, and seconds until its key is due; None: once the run that is on has ended."""
+    async def request(self, requests: Sequence[Request], debounce: float, max_wait: float, fence: int = 0) -> tuple[list[Standing], Seen]:
+        """How each of them stands, and what was claimed after ``fence``."""
         total: Counter[str] = Counter()
         of_keys: list[str | int] = []
         for each in requests:
             total.update(each.calls)
             calls = "".join([f"{trigger}{SEPARATOR}{count}\x1e" for trigger, count in each.calls.items()])
-            of_keys += (each.key, each.arguments, "1" if each.wanted else "0", calls, each.opener)
+            kind = "1" if each.wanted else "-" if each.answered else "0"
+            of_keys += (each.key, each.arguments, kind, calls, each.opener, _ms(each.age))
         of_triggers = [word for pair in total.items() for word in pair]
-        keys = [self._due, self._counts, *(self._state + each.key for each in requests)]
-        reply = await self._run("request", keys, [_ms(debounce), _ms(max_wait), len(total), *of_triggers, *of_keys])
-        version, *due = map(int, reply.split())
-        return [(number, None if ms < 0 else ms / 1000) for number, ms in enumerate(due, version)]
+        keys = [self._due, self._counts, self._claims, *(self._state + each.key for each in requests)]
+        reply, claims = await self._run("request", keys, [_ms(debounce), _ms(max_wait), fence, len(total), *of_triggers, *of_keys])
+        newest, version, *due = map(int, reply.split())
+        standings = [Standing(number, None if ms < 0 else ms / 1000, ms != NOTHING) for number, ms in enumerate(due, version)]
+        return standings, _seen(version + len(requests) - 1, newest, claims)
+
+    async def look(self, fence: int) -> Seen:
+        """What was claimed after ``fence``."""
+        newest, version, claims = await self._run("look", [self._counts, self._claims], [fence])
+        return _seen(version, newest, claims)
 
     async def peek(self, most: int) -> tuple[list[str], float | None]:
         """Keys that are due, and seconds until another one is."""
@@ -105,7 +129,8 @@ class Board:
 
     async def claim(self, keys: Sequence[str], lease: float) -> list[Claim]:
         """Those of ``keys`` that are ours now."""
-        replies = await self._run("claim", [self._due, self._counts, *(self._state + key for key in keys)], [_ms(lease), *keys])
+        states = [self._state + key for key in keys]
+        replies = await self._run("claim", [self._due, self._counts, self._claims, *states], [_ms(lease), *keys])
         claims = []
         for key, reply in zip(keys, replies, strict=True):
             if reply:
@@ -144,13 +169,13 @@ class Board:
         """Somebody else shall run it, at once."""
         await self._end(claim, ["0", "", 0, 0, 0, 0])
 
-    async def standings(self, keys: Sequence[str]) -> list[Standing]:
+    async def answered(self, keys: Sequence[str]) -> list[Answered]:
         """How things stand with these keys."""
         pipe = self._client.pipeline(transaction=False)
         for key in keys:
             pipe.hmget(self._state + key, "asked", "done", "outcome_of", "outcome")
         return [
-            Standing(asked is not None, int(done or 0), int(of or 0), (outcome or b"").decode())
+            Answered(asked is not None, int(done or 0), int(of or 0), (outcome or b"").decode())
             for asked, done, of, outcome in await pipe.execute()
         ]
 
@@ -189,6 +214,12 @@ def _added_up(calls: str) -> dict[str, int]:
         trigger, _, count = each.rpartition(SEPARATOR)
         sums[trigger] = sums.get(trigger, 0) + int(count)
     return sums
+
+
+def _seen(version: int, fence: int, claims: Sequence[bytes]) -> Seen:
+    found = [claim.decode().partition(" ") for claim in claims]
+    in_order = all(int(of) == fence - back for back, (of, _, _) in enumerate(found))
+    return Seen(version, fence, [key for _, _, key in found] if in_order else ())
 
 
 def _ms(seconds: float) -> int:

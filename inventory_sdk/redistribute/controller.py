@@ -79,13 +79,9 @@ class Redistribution:
 
     # What the aspects ask ------------------------------------------------------------------------------------------------------
 
-    def ready(self) -> None:
-        """``NotStarted`` where nothing could be asked for."""
-        self._now()
-
-    def fire(self, function: Coalesced, key: str, arguments: str, trigger: str) -> asyncio.Future[None]:
-        """Ask for a run; done once it is written down, or has been tried for a while."""
-        return self._now().desk(function).requests.fire(key, arguments, trigger)
+    def asking(self, function: Coalesced) -> Requests:
+        """Where its requests go; ``NotStarted`` where nothing could be asked for."""
+        return self._now().desk(function).requests
 
     async def call(self, function: Coalesced, key: str, arguments: str) -> Any:
         """The result of a run that started after this call. ``RecalculationFailed`` is what it failed of, also where Redis did not

@@ -17,14 +17,15 @@ class RedistributionPolicy:
     """Per process and event loop. Times are in seconds; ``InvalidOperation`` for what can't be.
 
     ``max_concurrency``: calculations that run at once, each in a process of its own with ``executor="process"``, which runs with
-    ``nice`` so much weaker. ``cpu_budget``: the share of the CPUs that this process may use which all calculations together get on
-    the average (0.25: a quarter); None: no limit. ``cpu`` and ``lag``: the CPU share in use (of the container, or of the machine)
-    and the lateness of the event loop above which something is slowed: redistribution first, then the lanes of ``slows`` in this
-    order, ``"core"`` only as the last one; a lane that is not named is never slowed. Nothing goes below the share ``floor``.
-    ``lease``: after so long without a sign, a runner's keys are somebody else's.
+    ``nice`` so much weaker; None: two, or one where there are not three CPUs, so that one is left. ``cpu_budget``: the share of the
+    CPUs that this process may use which all calculations together get on the average (0.25: a quarter); None: no limit. ``cpu`` and
+    ``lag``: the CPU share in use (of the container, or of the machine) and the lateness of the event loop above which something is
+    slowed: redistribution first, then the lanes of ``slows`` in this order, ``"core"`` only as the last one; a lane that is not named
+    is never slowed. Nothing goes below the share ``floor``. ``lease``: after so long without a sign, a runner's keys are somebody
+    else's.
     """
 
-    max_concurrency: int = 2
+    max_concurrency: int | None = None
     cpu_budget: float | None = None
     cpu: float = 0.85
     lag: float = 0.05
@@ -34,8 +35,8 @@ class RedistributionPolicy:
     nice: int = 10
 
     def __post_init__(self) -> None:
-        if type(self.max_concurrency) is not int or not 1 <= self.max_concurrency <= 64:
-            raise InvalidOperation("max_concurrency", self.max_concurrency, "must be a whole number from 1 to 64")
+        if self.max_concurrency is not None and (type(self.max_concurrency) is not int or not 1 <= self.max_concurrency <= 64):
+            raise InvalidOperation("max_concurrency", self.max_concurrency, "must be a whole number from 1 to 64, or None")
         if type(self.nice) is not int or not 0 <= self.nice <= 19:
             raise InvalidOperation("nice", self.nice, "must be a whole number from 0 to 19")
         check_share("cpu_budget", self.cpu_budget)
@@ -52,6 +53,10 @@ class RedistributionPolicy:
             check_text("slows", name)
         if LAST in self.slows[:-1] or len(set(self.slows)) != len(self.slows):
             raise InvalidOperation("slows", self.slows, f"must name each lane once, and {LAST!r} only as the last one")
+
+    def concurrency(self, cpus: float) -> int:
+        """Calculations that run at once, where there are so many CPUs."""
+        return self.max_concurrency or (2 if cpus >= 3 else 1)
 
 
 def check_share(field: str, value: object) -> None:

@@ -59,6 +59,7 @@ class Child:
                 f"from inventory_sdk.redistribute.child import main; main({theirs}, {niceness})",
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=(theirs,),
+                start_new_session=True,
                 env=_environment(),
             )
         except BaseException:

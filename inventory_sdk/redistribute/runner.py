@@ -69,6 +69,7 @@ class Runner:
         self._failed = failed
         self._pool = Pool(policy.nice)
         self._budget = None if policy.cpu_budget is None else Budget(policy.cpu_budget * governor.cpus)
+        self._concurrency = policy.concurrency(governor.cpus)
         self._slots = 0
         self._runs: set[Run] = set()
         self._running: set[asyncio.Task[None]] = set()
@@ -154,7 +155,7 @@ class Runner:
                     self._begin(desk, claim, asked + self._policy.lease)
 
     def _allowed(self) -> int:
-        return max(1, round(self._policy.max_concurrency * self._governor.share))
+        return max(1, round(self._concurrency * self._governor.share))
 
     def _begin(self, desk: Desk, claim: Claim, kept: float) -> None:
         if claim.taken_over:

@@ -36,15 +36,22 @@ class TriggerCount:
     cpu_seconds: float
 
 
+class Asking(Protocol):
+    """Where the requests of one start go; ``closed`` once it takes no more."""
+
+    closed: bool
+
+    def fire(self, key: str, arguments: str, trigger: str) -> asyncio.Future[None] | None:
+        """Ask for a run; done once it is written down, or has been tried for a while, the caller's own; None: a request that is
+        written down covers it."""
+        ...
+
+
 class Firing(Protocol):
     """Where a trigger brings its requests."""
 
-    def ready(self) -> None:
-        """``NotStarted`` where nothing could be asked for."""
-        ...
-
-    def fire(self, function: Coalesced, key: str, arguments: str, trigger: str) -> asyncio.Future[None]:
-        """Ask for a run; done once it is written down, or has been tried for a while. The caller's own."""
+    def asking(self, function: Coalesced) -> Asking:
+        """Of this event loop; ``NotStarted`` where nothing could be asked for."""
         ...
 
 
@@ -76,7 +83,7 @@ class TriggerAspect:
         remembered = lru_cache(REMEMBERED)(write) if isinstance(runs.options.key, str) else write
 
         async def run(call: Call) -> Any:
-            room.ready()
+            asking = room.asking(runs)
             values = call.values()
             given = [pick(values) for pick in picks.values()]
             short = all(type(each) is str and len(each) <= SHORT for each in given)
@@ -84,10 +91,15 @@ class TriggerAspect:
             try:
                 result = await proceed(call)
             except asyncio.CancelledError:
-                room.fire(runs, key, text, name)
+                _open(asking).fire(key, text, name)
                 raise
-            await room.fire(runs, key, text, name)
+            asked = _open(asking).fire(key, text, name)
+            if asked is not None:
+                await asked
             return result
+
+        def _open(asking: Asking) -> Asking:
+            return room.asking(runs) if asking.closed else asking
 
         return run
 

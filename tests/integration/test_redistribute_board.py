@@ -27,8 +27,8 @@ def asked(key: str, *, by: str = "paid", calls: int = 1, wanted: bool = False, a
 
 
 async def ask(board: Board, key: str, debounce: float = 0.0, max_wait: float = 0.0, **more: Any) -> tuple[int, float | None]:
-    (reply,) = await board.request([asked(key, **more)], debounce, max_wait)
-    return reply
+    (standing,), _ = await board.request([asked(key, **more)], debounce, max_wait)
+    return standing.version, standing.due
 
 
 async def take(board: Board, key: str, lease: float = 10.0) -> Claim:
@@ -101,6 +101,36 @@ async def test_a_debounce_is_pushed_and_max_wait_ends_it(board: Board) -> None:
     assert await board.claim(["a"], 10) == []  # not due yet
 
 
+async def test_a_call_that_is_written_down_late_counts_from_when_it_was_made_and_makes_no_key_due_earlier(board: Board) -> None:
+    late = Request("a", "{}", False, {"paid": 1}, "paid", age=0.2)
+    (first,), _ = await board.request([late], 0.5, 5.0)
+    assert first.due is not None
+    assert 0.25 < first.due <= 0.3
+    _, second = await ask(board, "a", 0.5, 5.0)
+    assert second is not None
+    assert second > 0.4
+    (third,), _ = await board.request([late], 0.5, 5.0)
+    assert third.due is not None
+    assert third.due > 0.4  # somebody was told so
+
+
+async def test_calls_that_are_answered_are_only_counted(board: Board) -> None:
+    answered = Request("a", "{}", False, {"paid": 2}, "paid", answered=True)
+    (nothing,), _ = await board.request([answered], 0.0, 0.0)
+    assert not nothing.waits
+    assert await due(board) == []
+    await ask(board, "a")
+    (waiting,), _ = await board.request([answered], 0.0, 0.0)
+    assert waiting.waits
+    claim = await take(board, "a")
+    assert claim.calls == {"paid": 3}
+    (running,), seen = await board.request([answered], 0.0, 0.0)
+    assert not running.waits
+    assert list(seen.claimed) == ["a"]
+    assert await end(board, claim) == (True, None)
+    assert (await board.counted())["paid"] == Counts(calls=7, runs=1)
+
+
 async def test_a_runner_that_lets_its_lease_run_out_is_replaced_and_has_nothing_to_say_any_more(board: Board) -> None:
     await ask(board, "a", by="paid", wanted=True)
     dead = await take(board, "a", lease=0.02)
@@ -112,7 +142,7 @@ async def test_a_runner_that_lets_its_lease_run_out_is_replaced_and_has_nothing_
     assert (heir.calls, heir.opener, heir.arguments, heir.wanted) == ({"paid": 1, "returned": 1}, "paid", "new", True)
     assert await board.renew([dead, heir], 10) == [False, True]
     assert await end(board, dead, '{"result": 0}') == (False, None)
-    (standing,) = await board.standings(["a"])
+    (standing,) = await board.answered(["a"])
     assert (standing.done, standing.outcome_of) == (0, 0)
     assert (await end(board, heir, '{"result": 1}'))[0]
 
@@ -140,7 +170,7 @@ async def test_an_outcome_stays_until_a_newer_one_that_somebody_wanted(board: Bo
     await end(board, await take(board, "a"), '{"result": 5}')
     await ask(board, "a")
     await end(board, await take(board, "a"))
-    (standing, unknown) = await board.standings(["a", "b"])
+    (standing, unknown) = await board.answered(["a", "b"])
     assert (standing.known, standing.done, standing.outcome_of, standing.outcome) == (True, version + 1, version, '{"result": 5}')
     assert not unknown.known
 

@@ -39,11 +39,19 @@ async def test_results_come_back_by_key_from_processes_that_are_kept_and_end_wit
         assert [answer["sum"] for answer in answers] == [1, 2, 3, 4, 5, 6]
         pids = {answer["pid"] for answer in answers}
         assert os.getpid() not in pids
-        assert len(pids) <= UNSLOWED.max_concurrency
+        assert len(pids) <= UNSLOWED.concurrency(inventory.redistribution.governor.cpus)
         counts = {each.function: each for each in await inventory.redistribution.counted()}
         assert (counts["far-add"].calls, counts["far-add"].runs) == (6, 6)
         assert counts["far-add"].cpu_seconds > 0
     assert not any(alive(pid) for pid in pids)
+
+
+async def test_a_calculation_is_weaker_than_all_other_sessions_too(far: Inventory) -> None:
+    found = await kit.weakness("s")
+    assert found["session"] == found["pid"]
+    assert found["nice"] == min(19, os.nice(0) + UNSLOWED.nice)
+    if kit.autogroup() is not None:
+        assert found["group"].split()[-1] == str(found["nice"])
 
 
 async def test_a_calculation_that_never_ends_is_killed_and_reported(far: Inventory) -> None:
@@ -141,11 +149,11 @@ async def test_a_key_with_a_budget_rests_and_so_does_the_whole_function() -> Non
         assert desk.budget is not None
         assert 0.5 < desk.budget.wait() * 0.05 * cpus / 0.05 < 10
         await of_one("a")
-        (version, wait), (_, other) = await now.desks["key"].board.request([kit_request("a"), kit_request("b")], 0, 0)
-        assert version > spent
-        assert other == 0
-        assert wait is not None
-        assert wait * 0.001 * cpus > 0.01
+        (first, second), _ = await now.desks["key"].board.request([kit_request("a"), kit_request("b")], 0, 0)
+        assert first.version > spent
+        assert second.due == 0
+        assert first.due is not None
+        assert first.due * 0.001 * cpus > 0.01
 
 
 def kit_request(key: str) -> Any:

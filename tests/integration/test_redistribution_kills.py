@@ -8,7 +8,8 @@ import asyncio
 import os
 import random
 import sys
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from redis.asyncio import Redis
 
 from inventory_sdk import Inventory, RedistributionPolicy
 from inventory_sdk.metrics import NoMetrics
-from inventory_sdk.redistribute.board import Request
 from tests.redistribution_process import make
 
 KILLS = int(os.environ.get("INVENTORY_TEST_KILLS", "6"))
@@ -65,7 +65,7 @@ async def test_runners_are_killed_and_every_keys_last_trigger_is_followed_by_a_r
     dice = random.Random(seed)
     inventory, recalculate = make(redis_url, namespace)
     inventory.redistribution.runs_here = False
-    last: dict[str, int] = {}
+    last: dict[str, float] = {}
     asking = True
 
     @inventory.trigger("moved", runs=recalculate)  # type: ignore[arg-type]
@@ -73,20 +73,13 @@ async def test_runners_are_killed_and_every_keys_last_trigger_is_followed_by_a_r
 
     async with inventory:
         desk = next(iter(inventory.redistribution._now().desks.values()))
-        real = desk.board.request
-
-        async def noting(requests: Sequence[Request], *more: float) -> list[tuple[int, float | None]]:
-            replies = await real(requests, *more)
-            for each, (version, _) in zip(requests, replies, strict=True):
-                last[each.key] = max(last.get(each.key, 0), version)
-            return replies
-
-        desk.board.request = noting  # type: ignore[method-assign]
 
         async def ask() -> None:
             while asking:
-                await moved(dice.choice(SHOPS))
-                await asyncio.sleep(0.01)
+                shop = dice.choice(SHOPS)
+                last[shop] = time.monotonic()
+                await moved(shop)
+                await asyncio.sleep(dice.choice([0.0, 0.001, 0.02]))
 
         runners = [await Runner.start(redis_url, namespace) for _ in range(RUNNERS)]
         caller = asyncio.create_task(ask())
@@ -110,13 +103,13 @@ async def test_runners_are_killed_and_every_keys_last_trigger_is_followed_by_a_r
                 await runner.kill()
 
 
-async def _all_ended(client: Any, namespace: str, last: dict[str, int]) -> None:
+async def _all_ended(client: Any, namespace: str, last: dict[str, float]) -> None:
     while True:
-        ended: dict[str, int] = {}
+        ended: dict[str, float] = {}
         for line in await client.lrange(f"{namespace}:ended", 0, -1):
-            shop, version = line.rsplit(" ", 1)
-            ended[shop] = max(ended.get(shop, 0), int(version))
-        missing = {shop: version for shop, version in last.items() if ended.get(shop, 0) < version}
+            shop, began = line.rsplit(" ", 1)
+            ended[shop] = max(ended.get(shop, 0.0), float(began))
+        missing = {shop: asked for shop, asked in last.items() if ended.get(shop, 0.0) < asked}
         if not missing:
             return
         await asyncio.sleep(0.05)

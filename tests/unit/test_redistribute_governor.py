@@ -338,3 +338,8 @@ def test_this_machine_says_something() -> None:
         pass
     share = watch.share()
     assert share is None or 0 <= share <= 1
+
+
+def test_one_cpu_is_left_where_there_are_few() -> None:
+    assert [RedistributionPolicy().concurrency(cpus) for cpus in (0.5, 1.0, 2.0, 3.0, 64.0)] == [1, 1, 1, 2, 2]
+    assert RedistributionPolicy(max_concurrency=5).concurrency(1.0) == 5

@@ -2,17 +2,20 @@
 --
 -- KEYS[1]    due
 -- KEYS[2]    counts
--- KEYS[3..]  state, one per key
+-- KEYS[3]    claims: list of the last ones, the newest first: fence and key
+-- KEYS[4..]  state, one per key
 -- ARGV[1]    lease, ms
 -- ARGV[2..]  the keys
 -- Replies, per key: nothing ("") if it is somebody's or not due any more, else
 --   {version, fence, arguments, calls (see request.lua), first trigger, wanted, "1" if taken over, ms since the first request}
+local REMEMBERED = 256  -- claims
+
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ends = string.format('%.0f', now + tonumber(ARGV[1]))
-local replies = {}
-for n = 3, #KEYS do
-  local key = ARGV[n - 1]
+local replies, claimed = {}, false
+for n = 4, #KEYS do
+  local key = ARGV[n - 2]
   local score = redis.call('ZSCORE', KEYS[1], key)
   local reply = ''
   if score and tonumber(score) <= now then
@@ -28,6 +31,8 @@ for n = 3, #KEYS do
         if state[10] == '1' then wanted = '1' end
       end
       local fence = redis.call('HINCRBY', KEYS[2], 'fence', 1)
+      redis.call('LPUSH', KEYS[3], string.format('%.0f', fence) .. ' ' .. key)
+      claimed = true
       redis.call('HSET', KEYS[n], 'running', state[1], 'fence', string.format('%.0f', fence), 'claimed_calls', calls,
         'claimed_opener', opener, 'claimed_wanted', wanted or '0', 'claimed_first', first)
       redis.call('HDEL', KEYS[n], 'calls', 'opener', 'wanted', 'first', 'last')
@@ -37,4 +42,5 @@ for n = 3, #KEYS do
   end
   replies[#replies + 1] = reply
 end
+if claimed then redis.call('LTRIM', KEYS[3], 0, REMEMBERED - 1) end
 return replies
