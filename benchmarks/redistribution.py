@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import random
 import sys
 import tempfile
 import time
 import uuid
+from array import array
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -49,19 +51,20 @@ Fire = Callable[[int, str], Any]
 
 @dataclass
 class Seen:
-    """One load: (when, shop) of each trigger, seconds of each core call, from its beginning and from when it was due, what the governor
-    allowed at the least."""
+    """One load: when and for which shop each trigger was; seconds of each core call, from its beginning and from when it was due; what
+    the governor allowed at the least."""
 
-    fired: list[tuple[float, str]] = field(default_factory=list)
-    core: list[float] = field(default_factory=list)
-    from_due: list[float] = field(default_factory=list)
+    fired: array[float] = field(default_factory=lambda: array("d"))  # no object each: the garbage collector is not to look at them
+    shops: list[str] = field(default_factory=list)
+    core: array[float] = field(default_factory=lambda: array("d"))
+    from_due: array[float] = field(default_factory=lambda: array("d"))
     refused: int = 0
     share: float = 1.0
     cpu_seconds: float = 0.0
     seconds: float = 0.0
 
 
-def percentile(values: list[float], part: float) -> float:
+def percentile(values: Sequence[float], part: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * part))] if ordered else 0.0
 
@@ -88,10 +91,10 @@ class Log:
         return self._path.read_text(encoding="ascii").splitlines() if self._path.exists() else []
 
 
-def staleness(fired: list[tuple[float, str]], runs: dict[str, list[tuple[float, float]]], now: float) -> tuple[list[float], int]:
+def staleness(seen: Seen, runs: dict[str, list[tuple[float, float]]], now: float) -> tuple[list[float], int]:
     """Seconds per trigger, and for how many no run came; those count until now."""
     ages, lost = [], 0
-    for at, shop in fired:
+    for at, shop in zip(seen.fired, seen.shops, strict=True):
         of_shop = runs.get(shop, [])
         index = bisect_left(of_shop, (at, 0.0))
         if index == len(of_shop):
@@ -104,7 +107,7 @@ def staleness(fired: list[tuple[float, str]], runs: dict[str, list[tuple[float, 
 
 async def caught_up(seen: Seen, log: Log) -> None:
     """Until every trigger was followed by a run, or for as long as a load gets."""
-    last = {shop: at for at, shop in seen.fired}
+    last = dict(zip(seen.shops, seen.fired, strict=True))
     until = time.monotonic() + DRAIN
     while time.monotonic() < until:
         runs = log.runs()
@@ -126,6 +129,7 @@ class Bench:
         """Buyers, and the triggers if there are any."""
         seen = Seen()
         self.log.forget()
+        gc.collect()
         deadline = time.monotonic() + self.seconds
         spent, began = _cpu(), time.monotonic()
         async with asyncio.TaskGroup() as group:
@@ -167,7 +171,8 @@ class Bench:
         while (now := time.monotonic()) < deadline:
             for _ in range(min(500, int((now - began) * self.rate) - len(seen.fired))):
                 shop = dice.choice(self.shops)
-                seen.fired.append((time.monotonic(), shop))
+                seen.fired.append(time.monotonic())
+                seen.shops.append(shop)
                 made = fire(dice.randrange(25), shop)
                 if made is not None:
                     task = asyncio.ensure_future(made)
@@ -180,7 +185,7 @@ class Bench:
     def figures(self, seen: Seen) -> dict[str, float]:
         """For the JSON object."""
         runs = self.log.runs()
-        ages, lost = staleness(seen.fired, runs, time.monotonic())
+        ages, lost = staleness(seen, runs, time.monotonic())
         found: dict[str, float] = {
             "core_calls": len(seen.core),
             "core_refused": seen.refused,
