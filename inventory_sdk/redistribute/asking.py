@@ -18,14 +18,16 @@ from inventory_sdk.errors import InventoryError, NotStarted
 from inventory_sdk.metrics import Metrics
 from inventory_sdk.metrics.events import Retried, Triggered
 from inventory_sdk.redistribute.board import Board, Request
-from inventory_sdk.redistribute.coalesced import Coalesced
-from inventory_sdk.redistribute.covers import LONGEST, Covers
+from inventory_sdk.redistribute.coalesced import Coalesced, keyed_by_all
+from inventory_sdk.redistribute.covers import Covers
 from inventory_sdk.redistribute.outcome import Outcome
 
 GATHER: Final = 0.005
 """Seconds between two script calls of one function: under load requests wait so long for company."""
+COUNTED: Final = 0.3
+"""Seconds after which a call that a look has let go is counted, at the latest …"""
 TOGETHER: Final = 0.05
-"""Seconds: what is only counted comes together with others of the same moment."""
+"""… together with others of the same moment."""
 MOST: Final = 32
 """Keys in one script call: all of Redis waits for it, some 10 µs per key. Of more, the next call is sent at once."""
 FIRST_RETRY: Final = 0.02
@@ -40,7 +42,8 @@ FAULTS: Final = (RedisError, OSError, TimeoutError)
 
 @dataclass(slots=True)
 class _Note:
-    """Calls with one key, to be written down. ``answered``: all that the looks have let go; ``unsure``: calls that wait for one."""
+    """Calls with one key, to be written down. ``covered``: version of the request that waited at the last look, where a look has let
+    all of them go; ``unsure``: calls that wait for one. ``strict``: not all of them are a look's."""
 
     arguments: str = ""
     opener: str = ""
@@ -48,7 +51,8 @@ class _Note:
     """Monotonic time of the last call."""
     ends: float = math.inf
     """Monotonic time at which it is written down, while it is covered."""
-    answered: bool = False
+    strict: bool = True
+    covered: int = 0
     unsure: int = 0
     wanted: bool = False
     calls: Counter[str] = field(default_factory=Counter)
@@ -90,6 +94,7 @@ class Requests:
         self._failed = failed
         self._pending: dict[str, _Note] = {}
         self.closed = False
+        self._coverable = keyed_by_all(function)
         self._covers = Covers()
         self._covered: dict[str, _Note] = {}
         self._ends: list[tuple[float, str]] = []
@@ -114,16 +119,16 @@ class Requests:
         kept in this process and tried again. None: another one covers it."""
         loop = asyncio.get_running_loop()
         now = time.monotonic()
-        cover = self._covers.of(key, arguments, now) if key not in self._pending else None
+        cover = self._covers.of(key, now) if self._coverable and key not in self._pending else None
         if cover is None:
             caller: asyncio.Future[None] = loop.create_future()
             self._note(key, arguments, trigger).callers.append(caller)
         else:
             sure = now < cover.sure
-            note = self._cover(key, cover.sure if sure else (now + LONGEST) // TOGETHER * TOGETHER)
+            note = self._cover(key, cover.sure if sure else (now + COUNTED) // TOGETHER * TOGETHER)
             note.add(arguments, trigger, now)
             if sure:
-                note.answered = False  # a clock says so: not enough for what is written down too late, after all
+                note.strict = True  # a clock says so: not enough for what is written down too late, after all
                 return None
             note.unsure += 1
             caller = loop.create_future()
@@ -136,7 +141,7 @@ class Requests:
 
     def _note(self, key: str, arguments: str, trigger: str) -> _Note:
         note = self._uncover(key) or self._pending.setdefault(key, _Note())
-        note.answered = False
+        note.strict = True
         note.add(arguments, trigger, time.monotonic())
         self._begin()
         return note
@@ -145,7 +150,7 @@ class Requests:
         """What is covered of the key; it is written down at ``ends`` or before."""
         note = self._covered.get(key)
         if note is None:
-            note = self._covered[key] = _Note(answered=True)
+            note = self._covered[key] = _Note(strict=False)
         if ends < note.ends:
             note.ends = ends
             heappush(self._ends, (ends, key))
@@ -261,7 +266,13 @@ class Requests:
         options, asked = self._function.options, self._sent
         requests = [
             Request(
-                key, each.arguments, each.wanted, each.calls, each.opener, asked - each.last, answered=each.answered and not each.unsure
+                key,
+                each.arguments,
+                each.wanted,
+                each.calls,
+                each.opener,
+                asked - each.last,
+                covered=0 if each.strict or each.unsure else each.covered,
             )
             for key, each in batch.items()
         ]
@@ -271,7 +282,7 @@ class Requests:
         for standing, (key, note) in zip(standings, batch.items(), strict=True):
             calls.update(note.calls)
             if standing.waits:
-                self._covers.wrote(key, note.arguments, asked, standing.due)
+                self._covers.wrote(key, standing.version, asked, standing.due, standing.fixed)
                 if standing.due is not None:
                     self._due(standing.due)
             for future in note.asked:
@@ -284,12 +295,14 @@ class Requests:
     def _let_go_of(self, lookers: Sequence[_Looker], batch: Mapping[str, _Note]) -> None:
         """After a look that began when they were there, or a write: whose request waits is let go, and the others are written down."""
         for each in lookers:
-            if self._covers.waits(each.key) or each.key in batch:
+            version = self._covers.waits(each.key)
+            if version or each.key in batch:
                 each.note.unsure -= 1
+                each.note.covered = max(each.note.covered, version)
                 _let_go(each.caller)
             else:
                 note = self._uncover(each.key) or self._pending.setdefault(each.key, each.note)
-                note.answered = False
+                note.strict = True
                 note.callers.append(each.caller)
         while self._patient and self._patient[0][1].done():
             self._patient.popleft()
@@ -300,7 +313,8 @@ class Requests:
             for newer in (self._pending.get(key), self._covered.pop(key, None)):
                 if newer is not None:
                     older.arguments, older.last = newer.arguments, newer.last
-                    older.answered &= newer.answered and not newer.unsure
+                    older.strict |= newer.strict or newer.unsure > 0
+                    older.covered = max(older.covered, newer.covered)
                     older.wanted |= newer.wanted
                     older.calls.update(newer.calls)
                     older.asked += newer.asked

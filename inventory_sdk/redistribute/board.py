@@ -30,7 +30,7 @@ SEPARATOR: Final = "\x1f"
 @dataclass(frozen=True, slots=True)
 class Request:
     """``calls``: by trigger. ``opener``: the first of them. ``wanted``: somebody waits for the outcome. ``age``: seconds since the
-    last call. ``answered``: a run answers all of them already; where that one is not waiting any more, they are only counted."""
+    last call. ``covered``: the version of a request that covers all of them; 0: none. Once that was answered they are only counted."""
 
     key: str
     arguments: str
@@ -38,7 +38,7 @@ class Request:
     calls: Mapping[str, int]
     opener: str
     age: float = 0.0
-    answered: bool = False
+    covered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,12 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A request on the board. ``due``: seconds until its key is; None: once the run that is on has ended. ``waits`` is False for one
-    that was only counted."""
+    """A request on the board. ``due``: seconds until its key is; None: once the run that is on has ended. ``fixed``: no call puts that
+    off any more. ``waits`` is False for one that was only counted."""
 
     version: int
     due: float | None
+    fixed: bool
     waits: bool
 
 
@@ -103,14 +104,14 @@ class Board:
         for each in requests:
             total.update(each.calls)
             calls = "".join([f"{trigger}{SEPARATOR}{count}\x1e" for trigger, count in each.calls.items()])
-            kind = "1" if each.wanted else "-" if each.answered else "0"
+            kind = "1" if each.wanted else f"-{each.covered}" if each.covered else "0"
             of_keys += (each.key, each.arguments, kind, calls, each.opener, _ms(each.age))
         of_triggers = [word for pair in total.items() for word in pair]
         keys = [self._due, self._counts, self._claims, *(self._state + each.key for each in requests)]
         reply, claims = await self._run("request", keys, [_ms(debounce), _ms(max_wait), fence, len(total), *of_triggers, *of_keys])
-        newest, version, *due = map(int, reply.split())
-        standings = [Standing(number, None if ms < 0 else ms / 1000, ms != NOTHING) for number, ms in enumerate(due, version)]
-        return standings, _seen(version + len(requests) - 1, newest, claims)
+        newest, first, *dues = reply.split()
+        standings = [_standing(version, due) for version, due in enumerate(dues, int(first))]
+        return standings, _seen(standings[-1].version, int(newest), claims)
 
     async def look(self, fence: int) -> Seen:
         """What was claimed after ``fence``."""
@@ -214,6 +215,11 @@ def _added_up(calls: str) -> dict[str, int]:
         trigger, _, count = each.rpartition(SEPARATOR)
         sums[trigger] = sums.get(trigger, 0) + int(count)
     return sums
+
+
+def _standing(version: int, due: bytes) -> Standing:
+    ms = int(due.rstrip(b"!"))
+    return Standing(version, None if ms < 0 else ms / 1000, due.endswith(b"!"), ms != NOTHING)
 
 
 def _seen(version: int, fence: int, claims: Sequence[bytes]) -> Seen:

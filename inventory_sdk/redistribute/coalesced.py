@@ -172,6 +172,12 @@ def given_by_name(function: Coalesced) -> list[str]:
     return [name for name, parameter in function.site.signature.parameters.items() if parameter.default is parameter.empty]
 
 
+def keyed_by_all(function: Coalesced) -> bool:
+    """Its key says all that a run is given: calls with the same key can't differ."""
+    names = [name for name in function.site.signature.parameters if name not in function.site.injected]
+    return len(names) == 1 and function.options.key in (names[0], f"{{{names[0]}}}")
+
+
 class Here:
     """This process. ``calculates``: it is a child that only calculates, and runs nothing that it finds on the board."""
 

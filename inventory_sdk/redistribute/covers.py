@@ -1,7 +1,7 @@
 """Which requests wait on a board, as far as this process knows: one that waits covers whatever else its key is asked for.
 
-The board says when a key will be due: before that moment nobody takes it. And it lists the claims, so that a look tells whether one
-that is due still waits.
+The board says when a key will be due: before that moment nobody takes it. And it lists the claims, so that a look tells whether a
+request still waits; that is enough for a call that would not put the run off anyway.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 LONGEST: Final = 1.0
-"""Seconds that a clock is trusted, and so late a covered call is counted."""
+"""Seconds that a clock is trusted."""
 LEAD: Final = 0.03
 """Seconds before a key is due at which what was covered until then is written down."""
 
@@ -27,11 +27,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """A request that waits. Monotonic times: ``sure``, until which nobody takes it; ``due``, until which each call puts its run off."""
+    """A request that waits. ``sure``: monotonic time until which nobody takes it. ``fixed``: no call puts its run off any more."""
 
-    arguments: str
+    version: int
     sure: float
-    due: float
+    fixed: bool
 
 
 class Covers:
@@ -44,16 +44,15 @@ class Covers:
         self._covers: dict[str, Cover] = {}
         self._closed = False
 
-    def of(self, key: str, arguments: str, now: float) -> Cover | None:
+    def of(self, key: str, now: float) -> Cover | None:
         """The request that covers a call made now; None: it has to be written down itself."""
         cover = self._covers.get(key)
-        if cover is None or cover.arguments != arguments or cover.sure <= now < cover.due:
-            return None
-        return cover
+        return cover if cover is not None and (cover.fixed or now < cover.sure) else None
 
-    def waits(self, key: str) -> bool:
-        """Its request was there when the board was seen last."""
-        return key in self._covers
+    def waits(self, key: str) -> int:
+        """The version of its request that was there when the board was seen last; 0: there was none that is known."""
+        cover = self._covers.get(key)
+        return 0 if cover is None else cover.version
 
     def saw(self, seen: Seen) -> None:
         """Take out what was claimed; all, where the board does not list it or has gone back in time."""
@@ -65,13 +64,13 @@ class Covers:
                 self._covers.pop(key, None)
         self.fence, self._version = seen.fence, seen.version
 
-    def wrote(self, key: str, arguments: str, asked: float, due: float | None) -> None:
+    def wrote(self, key: str, version: int, asked: float, due: float | None, fixed: bool) -> None:
         """A request waits: it was sent at the monotonic time ``asked``, and its key is due so many seconds later. None: it is being
-        calculated; then how long each call puts the next run off is not known."""
+        calculated; then it is not known how long each call puts the next run off."""
         if due is None or self._closed:
             self._covers.pop(key, None)
         else:
-            self._covers[key] = Cover(arguments, asked + min(due, LONGEST) - LEAD, asked + due)
+            self._covers[key] = Cover(version, asked + min(due, LONGEST) - LEAD, fixed)
 
     def close(self) -> None:
         """Nothing covers anything any more."""

@@ -95,10 +95,12 @@ async def test_a_debounce_is_pushed_and_max_wait_ends_it(board: Board) -> None:
     _, later = await board.peek(10)
     assert later is not None
     assert 40 < later <= 50
-    _, ended = await ask(board, "a", debounce=50, max_wait=20)
+    await ask(board, "b", debounce=1.0, max_wait=1.1)
+    await asyncio.sleep(0.3)
+    _, ended = await ask(board, "b", debounce=1.0, max_wait=1.1)
     assert ended is not None
-    assert ended <= 20  # since the first one
-    assert await board.claim(["a"], 10) == []  # not due yet
+    assert 0.5 < ended <= 0.8  # 1.1 s after the first one
+    assert await board.claim(["a", "b"], 10) == []  # not due yet
 
 
 async def test_a_call_that_is_written_down_late_counts_from_when_it_was_made_and_makes_no_key_due_earlier(board: Board) -> None:
@@ -114,21 +116,33 @@ async def test_a_call_that_is_written_down_late_counts_from_when_it_was_made_and
     assert third.due > 0.4  # somebody was told so
 
 
-async def test_calls_that_are_answered_are_only_counted(board: Board) -> None:
-    answered = Request("a", "{}", False, {"paid": 2}, "paid", answered=True)
-    (nothing,), _ = await board.request([answered], 0.0, 0.0)
-    assert not nothing.waits
-    assert await due(board) == []
-    await ask(board, "a")
-    (waiting,), _ = await board.request([answered], 0.0, 0.0)
+async def test_calls_whose_cover_was_answered_are_only_counted(board: Board) -> None:
+    version, _ = await ask(board, "a")
+    covered = Request("a", "{}", False, {"paid": 2}, "paid", covered=version)
+    (waiting,), _ = await board.request([covered], 0.0, 0.0)
     assert waiting.waits
     claim = await take(board, "a")
     assert claim.calls == {"paid": 3}
-    (running,), seen = await board.request([answered], 0.0, 0.0)
+    (running,), seen = await board.request([covered], 0.0, 0.0)
     assert not running.waits
     assert list(seen.claimed) == ["a"]
     assert await end(board, claim) == (True, None)
+    (nothing,), _ = await board.request([covered], 0.0, 0.0)
+    assert not nothing.waits
+    assert await due(board) == []
     assert (await board.counted())["paid"] == Counts(calls=7, runs=1)
+    (later,), _ = await board.request([Request("a", "{}", False, {"paid": 1}, "paid", covered=claim.version + 1)], 0.0, 0.0)
+    assert later.waits  # that cover was never answered: it is lost
+    assert await due(board) == ["a"]
+
+
+async def test_a_process_with_a_shorter_debounce_makes_no_key_due_earlier_than_others_were_told(board: Board) -> None:
+    _, told = await ask(board, "a", 1.0, 2.0)
+    assert told == 1.0
+    _, sooner = await ask(board, "a", 0.0, 0.0)
+    assert sooner is not None
+    assert sooner > 0.9
+    assert await due(board) == []
 
 
 async def test_a_runner_that_lets_its_lease_run_out_is_replaced_and_has_nothing_to_say_any_more(board: Board) -> None:

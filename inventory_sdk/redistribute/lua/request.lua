@@ -8,11 +8,12 @@
 -- ARGV[2]    max_wait, ms: … but no longer than this after the first one that waits
 -- ARGV[3]    the newest fence that the caller knows
 -- ARGV[4]    how many triggers called; then by turns their names and how often, over all keys
--- ARGV[..]   six per key: key, arguments (JSON), kind ("1": somebody waits for the outcome, "0": nobody does, "-": its calls are
---            answered and only counted, unless a request waits), its calls, first trigger, ms since the last call
+-- ARGV[..]   six per key: key, arguments (JSON), kind ("1": somebody waits for the outcome, "0": nobody does, "-" and a version: the
+--            request of that version covers its calls; once a run has answered that, they are only counted), its calls, first
+--            trigger, ms since the last call
 -- Replies {in one string (a client parses it the quickest) the fence, the version of the first key (the others' follow), and per key
--- the ms until it is due (-1: once the run that is on has ended; -2: nothing waits); what was claimed after the fence that the caller
--- knows, as in claims}
+-- the ms until it is due (-1: once the run that is on has ended; -2: nothing waits), with a "!" where no call puts that off any more;
+-- what was claimed after the fence that the caller knows, as in claims}
 --
 -- Calls by trigger are a string, (name \31 count \30)*: each request adds to its end, whoever reads it adds up. All of a server waits
 -- while this runs, and most of its time went into reading and writing JSON.
@@ -47,10 +48,12 @@ for n = 4, #KEYS do
   local called = now - tonumber(ARGV[at + 5])
   at = at + 6
   local version = string.format('%.0f', first_version + n - 4)
-  local state = redis.call('HMGET', KEYS[n], 'asked', 'done', 'running', 'first', 'calls', 'wanted', 'rest', 'last')
+  local state = redis.call('HMGET', KEYS[n], 'asked', 'done', 'running', 'first', 'calls', 'wanted', 'rest', 'last',
+    'due')
   local running = state[3]
   local waits = tonumber(state[1] or 0) > tonumber(running or state[2] or 0)
-  if waits or kind ~= '-' then
+  local covering = string.match(kind, '^%-(%d+)$')
+  if waits or not covering or tonumber(running or state[2] or 0) < tonumber(covering) then
     local wanted = kind == '1' and '1' or '0'
     local first = now
     if waits then
@@ -60,20 +63,22 @@ for n = 4, #KEYS do
       calls = state[5] .. calls
       if #calls - (string.find(calls, '\29', 1, true) or 0) > TAIL then calls = added_up(calls) end
       if state[6] == '1' then wanted = '1' end
-      redis.call('HSET', KEYS[n], 'asked', version, 'last', string.format('%.0f', called), 'arguments', arguments, 'calls', calls,
-        'wanted', wanted)
-    else
-      redis.call('HSET', KEYS[n], 'asked', version, 'last', string.format('%.0f', called), 'arguments', arguments, 'calls', calls,
-        'wanted', wanted, 'first', stamp, 'opener', opener)
-      redis.call('PERSIST', KEYS[n])  -- one that waits lives until it has been answered
     end
     local due = math.max(math.min(called + debounce, first + longest), tonumber(state[7] or 0))
+    if waits and not running then due = math.max(due, tonumber(state[9] or 0)) end
+    redis.call('HSET', KEYS[n], 'asked', version, 'last', string.format('%.0f', called), 'arguments', arguments, 'calls', calls,
+      'wanted', wanted, 'due', string.format('%.0f', due))
+    if not waits then
+      redis.call('HSET', KEYS[n], 'first', stamp, 'opener', opener)
+      redis.call('PERSIST', KEYS[n])  -- one that waits lives until it has been answered
+    end
     if running then
       replies[#replies + 1] = '-1'
     else
       scores[#scores + 1] = string.format('%.0f', due)
       scores[#scores + 1] = key
-      replies[#replies + 1] = string.format('%.0f', math.max(0, math.ceil(due - now)))
+      local fixed = debounce == 0 or due >= first + longest
+      replies[#replies + 1] = string.format('%.0f', math.max(0, math.ceil(due - now))) .. (fixed and '!' or '')
     end
   else
     replies[#replies + 1] = '-2'
