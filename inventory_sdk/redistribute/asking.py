@@ -24,10 +24,11 @@ from inventory_sdk.redistribute.outcome import Outcome
 
 GATHER: Final = 0.005
 """Seconds between two script calls of one function: under load requests wait so long for company."""
-COUNTED: Final = 0.3
-"""Seconds after which a call that a look has let go is counted, at the latest …"""
+COUNTED: Final = 1.0
+"""Seconds after which a call that a look has let go is counted at the latest, or after half the time that its key waits already: what
+is counted before the run begins has its part of what that costs."""
 TOGETHER: Final = 0.05
-"""… together with others of the same moment."""
+"""Seconds: such calls of all keys are counted together."""
 MOST: Final = 32
 """Keys in one script call: all of Redis waits for it, some 10 µs per key. Of more, the next call is sent at once."""
 FIRST_RETRY: Final = 0.02
@@ -125,7 +126,8 @@ class Requests:
             self._note(key, arguments, trigger).callers.append(caller)
         else:
             sure = now < cover.sure
-            note = self._cover(key, cover.sure if sure else (now + COUNTED) // TOGETHER * TOGETHER)
+            counted = now + min(COUNTED, (now - cover.since) / 2)
+            note = self._cover(key, cover.sure if sure else (counted // TOGETHER + 1) * TOGETHER)
             note.add(arguments, trigger, now)
             if sure:
                 note.strict = True  # a clock says so: not enough for what is written down too late, after all

@@ -27,9 +27,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """A request that waits. ``sure``: monotonic time until which nobody takes it. ``fixed``: no call puts its run off any more."""
+    """A request that waits. Monotonic times: ``since`` when, as far as is known here; ``sure``, until which nobody takes it. ``fixed``:
+    no call puts its run off any more."""
 
     version: int
+    since: float
     sure: float
     fixed: bool
 
@@ -70,7 +72,9 @@ class Covers:
         if due is None or self._closed:
             self._covers.pop(key, None)
         else:
-            self._covers[key] = Cover(version, asked + min(due, LONGEST) - LEAD, fixed)
+            older = self._covers.get(key)
+            since = asked if older is None else older.since
+            self._covers[key] = Cover(version, since, asked + min(due, LONGEST) - LEAD, fixed)
 
     def close(self) -> None:
         """Nothing covers anything any more."""

@@ -12,6 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -136,19 +137,18 @@ async def test_until_its_key_is_due_a_trigger_is_let_go_at_once_and_puts_the_run
 async def test_once_it_is_due_a_look_is_enough_until_somebody_takes_it(asker: Callable[..., Asker]) -> None:
     one, other = asker(), asker()
     await one.fire("a")
-    for _ in range(3):
+    for _ in range(20):
+        seen = len(one.scripts)
         assert not await one.fire("a")  # it waits for a look: anybody may have taken the key
-    assert one.scripts == ["request", "look", "look", "look"]
+        assert len(one.scripts) > seen
+    assert one.scripts.count("look") >= 15  # now and then they are counted
     (claim,) = await other.board.claim(["a"], 10)
     await one.fire("a")
-    assert one.scripts[4:] == ["look", "request"]
+    assert one.scripts[-1] == "request"
     assert (await other.board.finish(claim, "", 0, 0, 0, {}))[1] is not None  # it waits for the next run
 
 
-async def test_what_was_covered_is_counted_and_causes_no_run_once_it_was_answered(
-    asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("inventory_sdk.redistribute.asking.COUNTED", 0.1)
+async def test_what_was_covered_is_counted_and_causes_no_run_once_it_was_answered(asker: Callable[..., Asker]) -> None:
     one = asker()
     await one.fire("a")
     await one.fire("a")
@@ -158,6 +158,18 @@ async def test_what_was_covered_is_counted_and_causes_no_run_once_it_was_answere
     counts = await one.board.counted()
     assert (counts["t"].calls, counts["t"].runs) == (2, 1)
     assert await one.board.peek(1) == ([], None)
+
+
+async def test_who_is_covered_has_its_part_of_what_the_run_costs(asker: Callable[..., Asker]) -> None:
+    one = asker()
+    await one.fire("a", "once")
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.3):
+            while True:
+                await one.fire("a", "often")
+    calls = await run(one.board, "a")
+    assert calls["once"] == 1
+    assert calls["often"] >= 5
 
 
 async def test_nothing_is_covered_where_calls_with_one_key_can_differ(asker: Callable[..., Asker]) -> None:
@@ -196,7 +208,7 @@ async def test_once_max_wait_is_near_a_look_is_enough(asker: Callable[..., Asker
     assert written <= 8
     for _ in range(20):
         await one.fire("a")
-    assert one.scripts.count("request") == written
+    assert one.scripts.count("request") <= written + 4  # now and then they are counted
 
 
 async def test_a_cover_that_is_not_there_any_more_is_found_out(asker: Callable[..., Asker], client: Any, namespace: str) -> None:
@@ -286,7 +298,7 @@ async def test_every_trigger_that_returned_is_followed_by_a_run_whoever_vanishes
     client: Any, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(covers, "LEAD", 0.005)
-    monkeypatch.setattr("inventory_sdk.redistribute.asking.COUNTED", 0.05)
+    monkeypatch.setattr("inventory_sdk.redistribute.asking.TOGETHER", 0.01)
     given = os.environ.get("INVENTORY_TEST_SEED")
     for seed in [int(given)] if given else [random.randrange(2**32) for _ in sample(range(30))]:
         print(f"INVENTORY_TEST_SEED={seed}")  # noqa: T201  # replays a failure
