@@ -111,12 +111,22 @@ class Mending:
         reconciler, number, why = self._reconciler(), whole(request, "number"), reason(request)
         confirmed = request.scope["state"]["form"].get("confirmed") == "yes"
         seen = whole(request, "available", signed=True), whole(request, "reserved", signed=True)
-        would = await reconciler.propose(number)
-        if not would.why_not and (would.available, would.reserved) != seen:
-            return self._seen_otherwise(request, number)
-        with contextlib.suppress(AnotherState):  # the form was sent twice, or somebody was faster: the page says who
-            await reconciler.correct(number, reason=why, who=who(request).name, confirmed=confirmed)
+        try:
+            would = await reconciler.propose(number)
+            if would.why_not or (would.available, would.reserved) == seen:
+                await reconciler.correct(number, reason=why, who=who(request).name, confirmed=confirmed)
+            elif not await self._begun(number):
+                return self._seen_otherwise(request, number)
+        except AnotherState:
+            pass  # the form was sent twice, or somebody was faster: the page says who
+        except InvalidOperation:
+            if not await self._begun(number):
+                raise
         return RedirectResponse(f"{root_of(request.scope)}/discrepancy?number={number}", 303)
+
+    async def _begun(self, number: int) -> bool:
+        """Somebody has corrected it, or is about to: what this one found was in the middle of that."""
+        return (await self._reconciler().discrepancy(number)).state in ("correcting", "corrected")
 
     async def _undo(self, request: Request) -> Response:
         number, why = whole(request, "number"), reason(request)
