@@ -1,4 +1,10 @@
-"""From calls to requests on the board: those that come together go together, and what was asked for is not given up."""
+"""From calls to requests on the board: those that come together go together, and what was asked for is not given up.
+
+A trigger whose key waits for a run already need not be written down (``covers.py``). Until the key is due it is let go at once, and
+written down shortly before, so that it can still put the run off. Where nothing puts that off any more, it is let go by a look at the
+board made after it came, and counted later. So a key's calls are in one of two places: ``_pending``, written with the next script, or
+``_covered``, written at their end or when a look finds their request gone.
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def make_way(niceness: int) -> None:
         try:
             GROUP.write_text(str(weakness), encoding="ascii")
         except BlockingIOError:
-            time.sleep(BETWEEN)
+            time.sleep(BETWEEN)  # nothing else runs here yet: the parent waits for our first word
         except OSError:
             return  # it has no such thing
         else:

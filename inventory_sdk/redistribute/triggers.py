@@ -36,7 +36,7 @@ class TriggerCount:
     cpu_seconds: float
 
 
-class Asking(Protocol):
+class Inbox(Protocol):
     """Where the requests of one start go; ``closed`` once it takes no more."""
 
     closed: bool
@@ -50,7 +50,7 @@ class Asking(Protocol):
 class Firing(Protocol):
     """Where a trigger brings its requests."""
 
-    def asking(self, function: Coalesced) -> Asking:
+    def asking(self, function: Coalesced) -> Inbox:
         """Of this event loop; ``NotStarted`` where nothing could be asked for."""
         ...
 
@@ -98,7 +98,7 @@ class TriggerAspect:
                 await asked
             return result
 
-        def _open(asking: Asking) -> Asking:
+        def _open(asking: Inbox) -> Inbox:
             return room.asking(runs) if asking.closed else asking
 
         return run
